@@ -19,6 +19,7 @@ from veneer_server.backends.cuda.weights import load
 from veneer_server.backends.parallel.leading import Leading
 from veneer_server.backends.parallel.peers import Member
 from veneer_server.backends.parallel.sharding import Shard
+from veneer_server.models.config import read_decoder_config
 from veneer_server.models.loader import DecoderWeights
 from veneer_server.wire.messages import EngineConfig
 
@@ -51,6 +52,11 @@ def build(
     if dtype != torch.bfloat16:
         raise CudaUnavailable(
             f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+        )
+    stored = read_decoder_config(Path(config.base_folder)).stored
+    if stored is not None and stored.is_codes:
+        raise CudaUnavailable(
+            f"its kernels do not read weights that are stored as {stored.format}"
         )
     if SPLIT % config.block_size:
         raise CudaUnavailable(

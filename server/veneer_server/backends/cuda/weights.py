@@ -86,7 +86,7 @@ def keep(device: Device, made: DecoderWeights) -> DecoderWeights:
     return replace(
         made,
         device=device.torch_device,
-        embedding=embedding,
+        dense_embedding=embedding,
         dense_head=head,
         final_norm=device.keep(made.final_norm),
         layers=layers,

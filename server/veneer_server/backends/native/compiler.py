@@ -28,7 +28,10 @@ from veneer_server.backends.native import kept
 from veneer_server.backends.native.forms import (
     AMX,
     AVX2,
+    AVX2_VNNI,
     AVX512,
+    AVX512_BF16,
+    AVX512_VNNI,
     FLAGS,
     FORMS,
     HEX,
@@ -56,9 +59,9 @@ _TRIAL: Final = Path(__file__).with_name("trial.py")
 _FLAGS: Final = {
     "auto": ("-march=native",),
     AMX.name: ("-march=native",),
-    AVX512.name: ("-march=native", "-DVENEER_NO_MATRIX"),
-    AVX2.name: AVX2.flags,
-    SOFTWARE_MATRIX.name: SOFTWARE_MATRIX.flags,
+    AVX512_BF16.name: ("-march=native", "-DVENEER_NO_MATRIX"),
+    # Not native: that would bring back what a form does without.
+    **{f.name: f.flags for f in (AVX512_VNNI, AVX512, AVX2_VNNI, AVX2, SOFTWARE_MATRIX)},
 }
 """The compiler's flags on x86-64, by requested form. On ARM the flags of the `InstructionSet`
 are used, with which it is tested."""
@@ -91,7 +94,7 @@ def build(cache_dir: Path, instructions: str = "auto") -> Path:
         if instructions != "auto":
             raise
         log.info("building the kernels without matrix registers: %s", reason)
-        return _build(cache_dir, AVX512.name)
+        return _build(cache_dir, AVX512_BF16.name)
 
 
 def _build(cache_dir: Path, instructions: str) -> Path:
@@ -128,21 +131,18 @@ def cpu_flags() -> frozenset[str]:
     if best_form(flags) is not None:
         return flags
     raise NativeUnavailable(
-        "the CPU supports neither AVX512-BF16 nor AVX2 with FMA"
+        "the CPU supports neither AVX512 nor AVX2 with FMA"
         if platform.machine() in ("x86_64", "AMD64")
         else f"there are no kernels for {platform.machine()} CPUs"
     )
 
 
 def check_instructions(flags: frozenset[str], instructions: str) -> None:
-    """Raise NativeUnavailable if a CPU with these flags cannot run a form. Forms for x86 are
-    not checked on an x86 CPU: the compiler knows better whether it runs them."""
+    """Raise NativeUnavailable if a CPU with these flags cannot run a form."""
     best = best_form(flags)
     known = (*FORMS, SOFTWARE_MATRIX)
     wanted = next((form for form in known if form.name == instructions), None)
-    if best is None or wanted is None or wanted.needs <= flags:
-        return
-    if not wanted.machine == best.machine == AVX2.machine:
+    if best is not None and wanted is not None and not wanted.needs <= flags:
         raise NativeUnavailable(
             f"this CPU supports at most {best.name}, not --native-instructions {instructions}"
         )

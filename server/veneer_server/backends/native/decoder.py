@@ -43,6 +43,10 @@ scored prompts, are allocated per step."""
 
 def check(config: DecoderConfig, block_size: int) -> None:
     """Raise NativeUnavailable if the kernels do not support the base."""
+    if config.stored is not None and config.stored.is_codes:
+        raise NativeUnavailable(
+            f"its kernels do not read weights that are stored as {config.stored.format} yet"
+        )
     widths = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -45,17 +45,31 @@ class InstructionSet:
 AVX2: Final = InstructionSet(
     "avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})
 )
+AVX2_VNNI: Final = InstructionSet(
+    "avx2-vnni", (*AVX2.flags, "-mavxvnni"), AVX2.needs | {"avx_vnni"}
+)
+"""Intel's Alder Lake and N-series, AMD's Zen 5 in laptops."""
 AVX512: Final = InstructionSet(
-    "avx512-bf16",
-    ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+    "avx512",
+    ("-march=x86-64-v4",),
     AVX2.needs
     | {"bmi1", "bmi2", "abm", "movbe"}
-    | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"},
+    | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+)
+"""Intel's Skylake Xeons."""
+AVX512_VNNI: Final = InstructionSet(
+    "avx512-vnni", (*AVX512.flags, "-mavx512vnni"), AVX512.needs | {"avx512_vnni"}
+)
+"""Intel's Xeons from Cascade Lake to Ice Lake."""
+AVX512_BF16: Final = InstructionSet(
+    "avx512-bf16",
+    (*AVX512_VNNI.flags, "-mavx512bf16"),
+    AVX512_VNNI.needs | {"avx512_bf16"},
 )
 AMX: Final = InstructionSet(
     "amx-bf16",
-    (*AVX512.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-    AVX512.needs | {"amx_tile", "amx_bf16", "amx_int8"},
+    (*AVX512_BF16.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    AVX512_BF16.needs | {"amx_tile", "amx_bf16", "amx_int8"},
 )
 NEON: Final = InstructionSet("neon", ("-march=armv8-a",), frozenset({"fp", "asimd"}), "aarch64")
 """Every 64-bit ARM CPU: Graviton 2, Raspberry Pi."""
@@ -66,7 +80,7 @@ NEON_BF16: Final = InstructionSet(
     "aarch64",
 )
 """Graviton 3 and 4, Apple's M2 and later."""
-FORMS: Final = (AMX, AVX512, AVX2, NEON_BF16, NEON)
+FORMS: Final = (AMX, AVX512_BF16, AVX512_VNNI, AVX512, AVX2_VNNI, AVX2, NEON_BF16, NEON)
 """For each architecture the fastest form is first, and one that every compiler knows last."""
 
 SOFTWARE_MATRIX: Final = InstructionSet(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +28,11 @@ from veneer_server.models.packed import row_slices, rows_of
 _TILE = 32
 _TOGETHER = 64
 """If two parts are interleaved, they take turns by this many consecutive outputs."""
+_TIMED = (2048, 1024)
+_SHARES = {1: 0.5, 8: 0.6, 32: 0.7}
+"""Of the time of a step with adapters, how much the base's multiplies take, by the number of
+sequences. What `int8_gain` makes of them was compared with measured steps: see docs/cpus.md."""
+_WORTH_TELLING = 1.2
 
 
 class NativeLinear:
@@ -135,6 +142,38 @@ def table_bytes(bits: tuple[int, ...]) -> tuple[tuple[int, ...], float]:
     errors = (rounded * units.unsqueeze(1) - numbers).square().sum(1)
     best = int(errors.argmin())
     return tuple(rounded[best].int().tolist()), float(units[best])
+
+
+def int8_gain(library: Library) -> str:
+    """Say what inputs of 8 bits would gain on this machine, or nothing if that is little.
+
+    Times a multiply of 4-bit weights, in about 30 ms, and estimates whole steps.
+    """
+    random = torch.Generator().manual_seed(0)
+    outputs, inputs = _TIMED
+    codes = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8, generator=random)
+    scales = torch.rand(outputs, inputs // BLOCK, generator=random)
+    packed = library.pack_four_bit(codes, scales)
+    table = torch.tensor(NF4).bfloat16()
+    linear = NativeLinear(library, FOUR_BIT, packed, _TIMED, None, table)
+    gains = []
+    for rows, share in _SHARES.items():
+        x = torch.randn(rows, inputs, generator=random).bfloat16()
+        least = [math.inf, math.inf]
+        for number in range(8):  # in turns, so that other load on the machine affects both
+            linear.struct.int8_inputs = number % 2
+            began = time.perf_counter()
+            linear(x)
+            took = time.perf_counter() - began
+            least[number % 2] = min(took, least[number % 2])
+        gains.append(1 / (1 - share + share * least[1] / least[0]))
+    if max(gains) < _WORTH_TELLING:
+        return ""
+    told = [f"{gain:.1f}" for gain in gains]
+    return (
+        f"--int8-activations would decode 1, 8 and 32 sequences about {', '.join(told[:-1])} "
+        f"and {told[-1]} times as fast, with 0.4 % more perplexity (docs/cpus.md)"
+    )
 
 
 def fuse(library: Library, modules: Sequence[nn.Module], dtype: torch.dtype) -> NativeLinear:

@@ -84,15 +84,16 @@ class Decoder:
         if step.segments:
             lora = LoraBatch(step.segments, len(step.tokens), self._buffers)
         tokens = torch.from_numpy(step.tokens).to(device)
-        hidden = F.embedding(tokens, weights.embedding).float()
+        hidden = weights.embedded(tokens)
         for index, layer in enumerate(weights.layers):
             attended = self._attention(index, layer, hidden, lora, plan, slots, cos, sin)
             hidden = hidden + attended
             hidden = hidden + self._mlp(index, layer, hidden, lora)
         rows = torch.from_numpy(step.logit_rows).to(device)
         final = self._norm(hidden.index_select(0, rows), weights.final_norm)
-        with self._threads.product(len(rows) * weights.head.numel()):
-            return F.linear(final.to(weights.dtype), weights.head).float()
+        config = weights.config
+        with self._threads.product(len(rows) * config.vocab_size * config.hidden_size):
+            return weights.logits(final)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # torch's own rms_norm takes 40 us on a few rows; this takes 10.

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from veneer_server.backends.native.compiler import NativeUnavailable
+from veneer_server.backends.native.compiler import NativeUnavailable, cpu_flags
+from veneer_server.backends.native.forms import FORMS
 from veneer_server.backends.native.library import Library
 
 from tests.backends_ran import skip_or_fail
-from tests.kernels_once import kernels_built
+from tests.kernels_once import EMULATED, emulated_kernels, kernels_built
 
-_OTHERS = [pytest.param(name, marks=pytest.mark.push) for name in ("avx2", "software-matrix")]
+_OTHERS = [
+    *(pytest.param(name, marks=pytest.mark.push) for name in ("avx2", "software-matrix")),
+    *(
+        pytest.param(f, marks=pytest.mark.verify)
+        for f in ("avx512-vnni", "avx512", "avx2-vnni")
+    ),
+]
 """They take long to compile."""
 
 
@@ -20,8 +27,14 @@ def library(
     """The library; ``best`` is the CPU's best instruction set, and ``software-matrix`` the
     kernels for matrix registers over a software model, so that any CPU tests them."""
     wanted = "auto" if request.param == "best" else request.param
+    form = next((form for form in FORMS if form.name == wanted), None)
     try:
-        made = Library(kernels_built(tmp_path_factory, wanted))
+        if form is None or form.needs <= cpu_flags():
+            made = Library(kernels_built(tmp_path_factory, wanted))
+        elif form in EMULATED:
+            made = Library(emulated_kernels(tmp_path_factory, form))
+        else:
+            pytest.skip(f"this CPU has no {form.name}, and nothing emulates it")
     except NativeUnavailable as reason:
         skip_or_fail(reason)
     if wanted not in ("auto", made.instructions):

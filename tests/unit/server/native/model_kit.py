@@ -328,7 +328,7 @@ def _weights(library: Library, base: Base, kind: int) -> DecoderWeights:
         config=config,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
-        embedding=base.embedding,
+        dense_embedding=base.embedding,
         dense_head=base.head,
         final_norm=base.final_norm,
         layers=layers,

@@ -12,14 +12,16 @@ import pytest
 import torch
 from veneer_registry.adapter import LoraModule
 from veneer_server.backends.native import linear as native_linear
-from veneer_server.backends.native.compiler import NativeUnavailable, build
+from veneer_server.backends.native.compiler import NativeUnavailable, build, cpu_flags
 from veneer_server.backends.native.decoder import NativeDecoder
+from veneer_server.backends.native.forms import InstructionSet
 from veneer_server.backends.native.library import BFLOAT16, EIGHT_BIT, Library
 from veneer_server.models.loader import load_weights
 from veneer_server.step.adapter_table import AdapterTable
 from veneer_server.step.arrays import Segment, StepArrays
 from veneer_server.step.layout import Layout
 
+from tests.kernels_once import EMULATED, emulated_kernels, kernels_built
 from tests.paired import paired, with_pairs
 from tests.unit.server import test_decoder as oracle
 
@@ -70,6 +72,29 @@ KINDS = {
     "bfloat16": (dense(BFLOAT16), 0.0),
     "eight bits": (dense(EIGHT_BIT), 0.5 / 127 + 1e-6),
 }
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("form", EMULATED, ids=lambda form: form.name)
+def test_the_emulation_has_the_hardware_s_bits(
+    tmp_path_factory: pytest.TempPathFactory, form: InstructionSet
+) -> None:
+    """Where there is the hardware; elsewhere the emulation stands for it."""
+    if not form.needs <= cpu_flags():
+        pytest.skip(f"this CPU has no {form.name}")
+    results = []
+    for file in (
+        kernels_built(tmp_path_factory, form.name),
+        emulated_kernels(tmp_path_factory, form),
+    ):
+        torch.manual_seed(SEED)
+        library = Library(file)
+        for make, _ in KINDS.values():
+            linear, *_ = make(library, 40, 192)
+            results.append([linear(draw(rows, 192)).view(torch.int32) for rows in ROWS])
+    half = len(results) // 2
+    for real, emulated in zip(results[:half], results[half:], strict=True):
+        assert all(map(torch.equal, real, emulated))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -127,6 +152,8 @@ def decoder(
     threads: int = 2,
     head: int = EIGHT_BIT,
     num_blocks: int = 40,
+    *,
+    int8_activations: bool = False,
 ) -> NativeDecoder:
     weights = load_weights(
         folder,
@@ -142,6 +169,7 @@ def decoder(
         block_size=oracle.BLOCK,
         threads=threads,
         head=head,
+        int8_activations=int8_activations,
     )
 
 
@@ -377,3 +405,50 @@ def test_a_long_context_is_the_same_shared_by_threads_or_not(
     assert torch.equal(run(decoder(library, folder, num_blocks=120), *crowd), alone)
     exact = run(oracle.build(folder, torch.float32, num_blocks=120))
     assert wrong_by([alone], [exact]) < 0.02
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("name", "context"), [("qwen2-window", 30), ("llama", 1100)])
+def test_verified_rows_have_the_bits_of_rows_decoded_one_by_one(
+    name: str, context: int, int8: bool, library: Library, tmp_path: Path
+) -> None:
+    """Speculation computes a sequence's newest token and a draft in one step. Rows of wrong
+    drafts leave K and V behind the sequence's end, and must not reach a later row."""
+    print(f"seed {SEED}")
+    folder = saved(name, tmp_path)
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(3, 320, (context + 60,), generator=generator).tolist()
+    wrong = torch.randint(3, 320, (20,), generator=generator).tolist()
+    mine = list(range(1, 75))
+    native = decoder(library, folder, threads=2, num_blocks=120, int8_activations=int8)
+    table = adapter(native.weights.config, torch.bfloat16, (16, 3, 70))
+
+    def ask(rows: list[int], begin: int, *others: tuple[list[int], int, list[int]]) -> Any:
+        arrays = oracle.step([(rows, begin, mine), *others])
+        fields = {name: getattr(arrays, name) for name in StepArrays.__slots__}
+        fields["segments"] = (Segment(0, len(rows), paired(table)),)
+        return native.execute(StepArrays(**fields))[: len(rows)].clone()
+
+    ask(tokens[:context], 0)
+    one_by_one = [ask(tokens[at : at + 1], at) for at in range(context, context + 60)]
+    for crowd in ([], [(tokens[i : i + 3], 0, [80 + i]) for i in range(20)]):
+        native.clear(mine)
+        ask(tokens[:context], 0)
+        at, verified = context, []
+        for right, refused in (
+            (0, 1),
+            (1, 0),
+            (2, 5),
+            (7, 0),
+            (15, 0),
+            (3, 12),
+            (11, 20),
+            (12, 3),
+        ):
+            known = tokens[at : at + 1 + right]
+            logits = ask([*known, *wrong[:refused]], at, *crowd)
+            verified.append(logits[: 1 + right])
+            at += 1 + right
+        assert at > context + 50
+        got, want = torch.cat(verified), torch.cat(one_by_one)[: at - context]
+        assert torch.equal(got, want), (got != want).any(-1).nonzero().flatten().tolist()

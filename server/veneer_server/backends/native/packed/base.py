@@ -158,7 +158,7 @@ def _assembled(
         config=config,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
-        embedding=embedding,
+        dense_embedding=embedding,
         dense_head=embedding if config.tied_head else None,
         final_norm=tensor(contents.final_norm),
         layers=layers,

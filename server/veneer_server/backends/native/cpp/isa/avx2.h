@@ -11,7 +11,11 @@
 
 namespace veneer {
 
+#ifdef __AVXVNNI__
+constexpr char kInstructions[] = "avx2-vnni";
+#else
 constexpr char kInstructions[] = "avx2";
+#endif
 constexpr int kLanes = 16;
 
 // Tile sizes, so that a tile's sums and operands fit 16 registers. `Rows`: rows that a GEMM
@@ -188,20 +192,27 @@ inline Pairs look_up(const Table& table, Codes codes) {
     return {look_up_half<Q>(table, codes.lo), look_up_half<Q>(table, codes.hi)};
 }
 
-// For kernels/gemm/by_int8.h: 64 bytes, and sixteen sums.
+// For kernels/gemm/by_int8.h: 64 bytes, and sixteen sums. VNNI multiplies unsigned bytes by signed
+// ones, so weights have an offset that makes them unsigned. Without VNNI such products do not fit
+// the 16 bits in which two are added.
+#ifdef __AVXVNNI__
+constexpr int kInt8Offset = 128;
+#else
 constexpr int kInt8Offset = 0;
+#endif
 struct Int8s {
     __m256i lo, hi;
 };
 struct Int32s {
     __m256i lo, hi;
 };
-// The byte that each of the sixteen codes stands for.
+// The byte that each of the sixteen codes stands for, plus an offset.
 struct Int8Table {
     __m256i v;
-    Int8Table(const int8_t* numbers, int)
-        : v(_mm256_broadcastsi128_si256(
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)))) {}
+    Int8Table(const int8_t* numbers, int offset) {
+        const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers));
+        v = _mm256_broadcastsi128_si256(_mm_add_epi8(all, _mm_set1_epi8(char(offset))));
+    }
 };
 // Look up the bytes for the codes in the lower (0) or upper (1) halves of bytes.
 template <int Half>
@@ -214,9 +225,11 @@ inline Int8s look_up_bytes(const Int8Table& table, Codes codes) {
 }
 template <int Offset>
 inline Int8s load_int8s(const uint8_t* at) {
-    static_assert(Offset == 0);
     const __m256i* halves = reinterpret_cast<const __m256i*>(at);
-    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+    const __m256i lo = _mm256_loadu_si256(halves), hi = _mm256_loadu_si256(halves + 1);
+    if constexpr (Offset == 0) return {lo, hi};
+    const __m256i offset = _mm256_set1_epi8(char(Offset));
+    return {_mm256_xor_si256(lo, offset), _mm256_xor_si256(hi, offset)};
 }
 inline void store_int8s(int8_t* at, Int8s a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), a.lo);
@@ -238,10 +251,14 @@ inline Int32s add(Int32s a, Int32s b) {
     return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
 inline __m256i dot(__m256i sums, __m256i w, __m256i x) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sums, w, x);
+#else
     // Unsigned bytes by signed ones: the weight's magnitude, and the input with its sign. Two
     // products are at most 2 x 127 x 127, which 16 bits hold.
     const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+#endif
 }
 inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
     const __m256i x = _mm256_set1_epi32(four);
@@ -278,7 +295,7 @@ inline __m256i widened_bytes(const int8_t* at) {
 }
 inline Pairs load_bytes(const int8_t* at) { return {widened_bytes(at), widened_bytes(at + 16)}; }
 
-// For kernels/gemm/few_rows.h: the float that each of the sixteen codes stands for.
+// For kernels/gemm/by_numbers.h: the float that each of the sixteen codes stands for.
 struct NumberTable {
     Floats v;
     explicit NumberTable(const bf16* entries) : v(load(entries)) {}

@@ -1,4 +1,6 @@
-// AVX512-BF16: one register holds sixteen floats, and one instruction multiplies sixteen pairs.
+// AVX512: one register holds sixteen floats. With BF16 one instruction multiplies sixteen pairs,
+// without it two instructions multiply the first numbers and the second ones. With VNNI one
+// instruction multiplies sixty-four bytes.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +12,22 @@
 
 namespace veneer {
 
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 constexpr char kInstructions[] = "avx512-bf16";
+#elif defined(__AVX512VNNI__)
+#define VENEER_BY_NUMBERS
+constexpr char kInstructions[] = "avx512-vnni";
+#else
+#define VENEER_BY_NUMBERS
+constexpr char kInstructions[] = "avx512";
+#endif
 constexpr int kLanes = 16;
 
 // Tile sizes, so that a tile's sums and operands fit 32 registers. `Rows`: rows that a GEMM
 // multiplies at once, by a tile of 32 outputs. `Chains`: partial sums per row and output.
 namespace tiles {
 constexpr int kFourBitRows = 6, kFourBitChains = 2;  // 24 registers
+constexpr int kNumberRows = 6;                       // two sums per row and output: 24 registers
 constexpr int kBf16Rows = 12;
 constexpr int kEightBitRows = 12;
 constexpr int kInt8Rows = 8;
@@ -65,7 +76,17 @@ inline Floats load(const bf16* at, int count) {
 inline void store(float* at, Floats a) { _mm512_storeu_ps(at, a.v); }
 inline void store(float* at, Floats a, int count) { _mm512_mask_storeu_ps(at, first(count), a.v); }
 inline void store_bf16(bf16* at, Floats a) {
+#ifdef VENEER_BY_NUMBERS
+    const __m512i bits = _mm512_castps_si512(a.v), upper = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    const __m512i half_up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half_up), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
+#else
     const __m256bh half = _mm512_cvtneps_pbh(a.v);
+#endif
     std::memcpy(at, &half, sizeof half);
 }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -97,8 +118,17 @@ inline Pairs broadcast_pair(const bf16* at) {
     std::memcpy(&both, at, sizeof both);
     return {_mm512_set1_epi32(both)};
 }
+// The first numbers of pairs, and the second ones.
+inline Floats firsts(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+inline Floats seconds(Pairs a) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000u))))};
+}
 inline Floats dot(Floats sums, Pairs w, Pairs x) {
+#ifdef VENEER_BY_NUMBERS
+    return fma(seconds(w), seconds(x), fma(firsts(w), firsts(x), sums));
+#else
     return {_mm512_dpbf16_ps(sums.v, (__m512bh)w.v, (__m512bh)x.v)};
+#endif
 }
 
 inline Codes load_codes(const uint8_t* at) { return {_mm512_loadu_si512(at)}; }
@@ -108,7 +138,7 @@ inline Pairs look_up(const Table& table, Codes codes) {
     return {_mm512_permutexvar_epi16(_mm512_srli_epi16(codes.v, 4 * Q), table.v)};
 }
 
-// For kernels/gemm/few_rows.h: the float that each of the sixteen codes stands for.
+// For kernels/gemm/by_numbers.h: the float that each of the sixteen codes stands for.
 struct NumberTable {
     __m512 v;
     explicit NumberTable(const bf16* entries) : v(load(entries).v) {}
@@ -118,11 +148,6 @@ template <int N>
 inline Floats look_up_number(const NumberTable& table, const uint8_t* at) {
     const __m512i codes = _mm512_loadu_si512(at + N / 2);
     return {_mm512_permutexvar_ps(N % 2 == 0 ? codes : _mm512_srli_epi32(codes, 4), table.v)};
-}
-// The first numbers of pairs, and the second ones.
-inline Floats firsts(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
-inline Floats seconds(Pairs a) {
-    return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000u))))};
 }
 // Load sixteen signed bytes.
 inline Floats load_numbers_of(const int8_t* at) {
@@ -143,9 +168,14 @@ inline Floats add_neighbours(Floats a, Floats b) {
     return {_mm512_add_ps(even, _mm512_permutex2var_ps(a.v, next, b.v))};
 }
 
-// For kernels/gemm/by_int8.h: 64 bytes, and sixteen sums. The instruction multiplies unsigned bytes
-// by signed ones, so weights have an offset that makes them unsigned.
+// For kernels/gemm/by_int8.h: 64 bytes, and sixteen sums. VNNI multiplies unsigned bytes by signed
+// ones, so weights have an offset that makes them unsigned. Without VNNI such products do not fit
+// the 16 bits in which two are added.
+#ifdef __AVX512VNNI__
 constexpr int kInt8Offset = 128;
+#else
+constexpr int kInt8Offset = 0;
+#endif
 struct Int8s {
     __m512i v;
 };
@@ -184,7 +214,16 @@ inline Int32s int32s(int32_t value) { return {_mm512_set1_epi32(value)}; }
 inline Int32s load_int32s(const int32_t* at) { return {_mm512_loadu_si512(at)}; }
 inline Int32s add(Int32s a, Int32s b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Int32s dot(Int32s sums, Int8s w, int32_t four) {
-    return {_mm512_dpbusd_epi32(sums.v, w.v, _mm512_set1_epi32(four))};
+    const __m512i x = _mm512_set1_epi32(four);
+#ifdef __AVX512VNNI__
+    return {_mm512_dpbusd_epi32(sums.v, w.v, x)};
+#else
+    // The weight's magnitude, and the input with its sign: at most 2 x 127 x 127.
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i with_sign = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w.v), zero, x);
+    const __m512i twos = _mm512_maddubs_epi16(_mm512_abs_epi8(w.v), with_sign);
+    return {_mm512_add_epi32(sums.v, _mm512_madd_epi16(twos, _mm512_set1_epi16(1)))};
+#endif
 }
 inline Floats to_floats(Int32s a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Undo the effect of `interleave` on two vectors of sums, whose fours take turns.
@@ -207,7 +246,14 @@ inline Pairs load_bytes(const int8_t* at) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(at);
     const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));
     const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1)));
+#ifdef VENEER_BY_NUMBERS
+    // The floats' lower halves are zero.
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(lo), 16));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(hi), 16));
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
+#else
     return {(__m512i)_mm512_cvtne2ps_pbh(hi, lo)};
+#endif
 }
 
 }  // namespace veneer

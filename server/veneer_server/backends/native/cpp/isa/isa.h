@@ -16,21 +16,22 @@
 // functions that kernels/gemm/by_registers.h uses.
 //
 // matrix.h adds the matrix registers, which only some CPUs have. The vector set of such CPUs also
-// defines the functions that kernels/gemm/few_rows.h and kernels/attention/few_queries.h use.
+// defines the functions that kernels/gemm/by_numbers.h and kernels/attention/few_queries.h use.
 //
 // The GEMM's inner product multiplies pairs of bfloat16 and adds both to a float:
 //     sum[lane] += w[lane].first * x.first + w[lane].second * x.second
+// A set that has no instruction for it, and enough registers, may define VENEER_BY_NUMBERS, along
+// with the functions that kernels/gemm/by_numbers.h uses.
 #pragma once
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
-    defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "avx2.h"
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #include "neon.h"
 #else
-#error "the native backend needs AVX512-BF16, AVX2 with FMA, or NEON of 64-bit ARM"
+#error "the native backend needs AVX512, AVX2 with FMA, or NEON of 64-bit ARM"
 #endif
 
 #include "matrix.h"

@@ -3,7 +3,7 @@
 // A block's weights are decoded to pairs of bfloat16 once for all rows of a panel; the next block
 // is decoded while this one is multiplied. The registers sum up a block's products, and the sum is
 // multiplied by the scale in float, as on vectors. A row's result must not depend on how many other
-// rows are in the batch, so few_rows.h computes the same sums on vectors.
+// rows are in the batch, so by_numbers.h computes the same sums on vectors.
 #pragma once
 
 #include "../square.h"

@@ -63,9 +63,6 @@ inline void add_block(const Source& source, bool first, const float* scales, con
     }
 }
 
-// Most rows that are multiplied as one panel, so that its totals and inputs stay in the L1 cache.
-constexpr int kPanel = 96;
-
 // The number of groups of about equal size in which rows are multiplied.
 template <class Source>
 inline int row_groups(int rows) {

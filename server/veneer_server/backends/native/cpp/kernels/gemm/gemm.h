@@ -4,8 +4,8 @@
 
 #include "by_int8.h"
 #include "by_matrix.h"
+#include "by_numbers.h"
 #include "by_vectors.h"
-#include "few_rows.h"
 
 namespace veneer {
 
@@ -20,6 +20,9 @@ struct Inputs {
 inline int row_groups(const Linear& w, const Inputs& inputs, int rows) {
     if (inputs.int8.at != nullptr) return int8_row_groups(rows);
     if constexpr (matrix::kPresent) return matrix_groups(rows);
+#ifdef VENEER_BY_NUMBERS
+    return divide_up(rows, tiles::kNumberRows);
+#endif
     switch (w.kind) {
         case Kind::four_bit: return row_groups<FromCodes>(rows);
         case Kind::eight_bit: return row_groups<FromBytes>(rows);
@@ -41,14 +44,17 @@ inline void multiply_tiles(const Linear& w, int first, int last, const bf16* x, 
 inline void multiply_tiles(const Linear& w, int first, int last, const Inputs& inputs, int rows,
                            float* y, size_t y_stride, Prefetcher& prefetcher) {
 #ifdef VENEER_MATRIX
-    const FlushDenormals flush;  // as the registers do: see few_rows.h
+    const FlushDenormals flush;  // as the registers do: see by_numbers.h
 #endif
     if (inputs.int8.at != nullptr)
         return multiply_int8_tiles(w, first, last, inputs.int8, rows, y, y_stride, prefetcher);
     const bf16* x = inputs.x;
     const size_t x_stride = inputs.stride;
-#ifdef VENEER_MATRIX
+#if defined(VENEER_MATRIX) || defined(VENEER_BY_NUMBERS)
     if (multiply_few(w, first, last, x, x_stride, rows, y, y_stride, prefetcher)) return;
+#endif
+#ifdef VENEER_BY_NUMBERS
+    return multiply_by_numbers(w, first, last, x, x_stride, rows, y, y_stride, prefetcher);
 #endif
     switch (w.kind) {
         case Kind::four_bit:

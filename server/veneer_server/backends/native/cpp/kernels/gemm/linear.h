@@ -25,6 +25,10 @@ constexpr int kTile = 32;   // outputs
 constexpr int kBlock = 64;  // inputs
 constexpr int kBlockPairs = kBlock / 2;
 
+// Most rows that are multiplied on vectors as one panel, so that its totals and inputs stay in the
+// L1 cache.
+constexpr int kPanel = 96;
+
 enum class Kind : int32_t { four_bit = 0, bfloat16 = 1, eight_bit = 2 };
 
 constexpr size_t code_bytes(Kind kind) {
