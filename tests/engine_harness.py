@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from veneer_server.step.inbox import Inbox
 from veneer_server.step.plan import AheadRunner, Runner, SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     AdapterSource,
+    Cancel,
     EngineConfig,
     FromEngine,
     Ping,
@@ -127,14 +128,21 @@ class EngineHarness:
         ):
             pass
 
-    def run(self, requests: list[dict[str, Any]]) -> list[Answer]:
-        """Submit all requests (fields of `SequenceRequest`) and wait for all their ends."""
+    def run(
+        self, requests: list[dict[str, Any]], cancels: Mapping[int, int] | None = None
+    ) -> list[Answer]:
+        """Submit all requests (fields of `SequenceRequest`) and wait for all their ends.
+
+        Args:
+            cancels: requests to cancel, by place, and after how many tokens.
+        """
         numbers = [next(self._numbers) for _ in requests]
         for number, request in zip(numbers, requests, strict=True):
             fields = {"max_tokens": 1, "sampling": GREEDY} | request
             self.inbox.put(Submit(number, SequenceRequest(**fields)))
         answers = {number: Answer() for number in numbers}
         open_ends = set(numbers)
+        ends = {numbers[at]: tokens for at, tokens in (cancels or {}).items()}
         while open_ends:
             message = self.out.get(timeout=LONGEST_S)
             if isinstance(message, SequenceFailed):
@@ -146,6 +154,9 @@ class EngineHarness:
                 answer.tokens += message.tokens
                 answer.logprobs += message.logprobs or []
                 answer.prompt_logprobs += message.prompt_logprobs or []
+                if len(answer.tokens) >= ends.get(message.sequence, len(answer.tokens) + 1):
+                    del ends[message.sequence]
+                    self.inbox.put(Cancel(message.sequence))
                 if message.finish is not None:
                     answer.finish = message.finish
                     open_ends.discard(message.sequence)

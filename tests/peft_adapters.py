@@ -44,13 +44,21 @@ def variants() -> dict[str, LoraConfig]:
 
 
 def make_adapters(
-    model: Any, folder: Path, *, scale: float = 0.02, seed: int = 0
+    model: Any,
+    folder: Path,
+    *,
+    scale: float = 0.02,
+    seed: int = 0,
+    only: Sequence[str] = (),
 ) -> dict[str, Path]:
-    """Save every variant over ``model``, with random B; returns name -> folder."""
+    """Save every variant over ``model``, or ``only`` some, with random B; returns name ->
+    folder."""
     from peft import get_peft_model
 
     made: dict[str, Path] = {}
     for index, (name, config) in enumerate(variants().items()):
+        if only and name not in only:
+            continue
         torch.manual_seed(seed + index)
         wrapped = get_peft_model(model, config)
         for key, parameter in wrapped.named_parameters():

@@ -7,8 +7,8 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,10 +276,14 @@ async def running_server(
     log: Path | None = None,
     open_files: int | None = None,
     key: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    program: Path | None = None,
 ) -> AsyncIterator[Server]:
     """Start a server and wait until it is ready.
 
     Args:
+        environment: variables besides the suite's.
+        program: what to run instead of ``veneer-server``.
         key: API key of the harness's own calls.
         open_files: the server's file descriptor limit; None: the same as for the tests.
     """
@@ -292,7 +296,7 @@ async def running_server(
             limited = ("sh", "-c", f'ulimit -n {open_files}; exec "$@"', "")
         process = await asyncio.create_subprocess_exec(
             *limited,
-            str(Path(sys.executable).with_name("veneer-server")),
+            str(program or Path(sys.executable).with_name("veneer-server")),
             *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
             *("--openai-listen", "127.0.0.1:0"),
             *("--data-dir", str(data_dir), "--cache-dir", str(cache_dir)),
@@ -300,7 +304,7 @@ async def running_server(
             *flags,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
-            env=server_environment(),
+            env=server_environment() | dict(environment or {}),
         )
     assert process.stdout is not None
     try:
@@ -313,5 +317,12 @@ async def running_server(
         await server.channel.close()
     finally:
         if process.returncode is None:
-            process.kill()
+            # A child that has not yet begun its program has the server's pipes, and `wait`
+            # waits for their end.
+            children = []
+            with suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True)
+            for each in (process, *children):
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    each.kill()
             await process.wait()

@@ -47,11 +47,13 @@ class PostgresServer:
     """A PostgreSQL server in its own folder, on a Unix socket, with a password.
 
     Attributes:
+        port: TCP port on the loopback interface, too; None for the Unix socket alone.
         url: URL of the database, without the password.
         password_file: file with the password.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int | None = None) -> None:
+        self.port = port
         self.folder = Path(tempfile.mkdtemp(prefix="veneer-pg-"))
         self._as: dict[str, Any] = {}
         if os.geteuid() == 0:
@@ -63,6 +65,7 @@ class PostgresServer:
         self.password_file.write_text(self.password + "\n")
         self.password_file.chmod(0o644)
         self.url = f"postgresql://veneer@/postgres?host={self.folder}"
+        self.url += f"&port={port}" if port else ""
         self._data = self.folder / "data"
         self._run(
             postgres_binary("initdb"),
@@ -100,7 +103,9 @@ class PostgresServer:
                     postgres_binary("postgres"),
                     "-D",
                     str(self._data),
-                    *("-k", str(self.folder), "-c", "listen_addresses="),
+                    *("-k", str(self.folder)),
+                    *("-c", f"listen_addresses={'127.0.0.1' if self.port else ''}"),
+                    *(("-p", str(self.port)) if self.port else ()),
                     *("-c", "max_connections=60", "-c", "shared_buffers=16MB"),
                     *("-c", "fsync=on", "-c", "autovacuum=off"),
                 ],
@@ -110,6 +115,7 @@ class PostgresServer:
                 **self._as,
             )
         ready = [postgres_binary("pg_isready"), "-h", str(self.folder), "-q", "-t", "30"]
+        ready += ["-p", str(self.port)] if self.port else []
         while subprocess.run(ready).returncode:
             assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
 

@@ -175,6 +175,14 @@ STAGES: Final[Mapping[str, Stage]] = {
         "every row of the reliability scoreboard in full, with its bugs",
         "hours",
     ),
+    "scale": Stage(
+        ".venv/bin/python -m tests.scale.two_registries && "
+        ".venv/bin/python -m tests.scale.two_registries --bugs && "
+        ".venv/bin/python -m tests.torture --row 25",
+        "two registries and four engines keep their word under faults, and planted bugs show",
+        "30 min",
+        ("adapters_registry", "proto", "server/veneer_server", "tests/scale"),
+    ),
     "attacks": Stage(
         f"{_ATTACKS} --times", "no attack harms a caller, gaps and memory bounded", "1 h"
     ),

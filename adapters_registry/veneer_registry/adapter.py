@@ -113,6 +113,9 @@ class BaseSpec:
         vocabulary: `fingerprint.vocabulary_digest` of its folder.
         folder: the checkpoint's folder, for comparing an adapter's embeddings; "" if there is
             none.
+        origin: if the base is stored quantized, the name of the model that was quantized, whose
+            weights are near the base's (`base_names.declared_origin`); otherwise "".
+        require_same_weights: refuse adapters that were trained on the origin.
     """
 
     name: str
@@ -123,6 +126,8 @@ class BaseSpec:
     names: tuple[str, ...] = ()
     vocabulary: str = ""
     folder: str = ""
+    origin: str = ""
+    require_same_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,9 @@ NO_CLAIM: Final = BaseClaim()
 BaseWord = Literal["", "fingerprint", "name", "rule", "publisher", "none"]
 """The evidence that an adapter was trained on the served base: ``fingerprint``, in its training
 manifest; ``name``, the base's name in its config; ``rule``, a name in its config that means the
-same base by a built-in rule (`base_names.is_copy`); ``publisher``, who says so
-(`BaseClaim.same`); ``none``, only its shapes fit. "" if this was not checked."""
+same base by a built-in rule (`base_names.is_copy`), or the model that the base was quantized
+from; ``publisher``, who says so (`BaseClaim.same`); ``none``, only its shapes fit. "" if this
+was not checked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,17 @@ _MLX: Final = re.compile(r"-(?:[3468]bit|bf16|fp16)$")
 """The end of a copy's name in mlx-community."""
 _RENAMED: Final = re.compile(r"^meta-(?=llama-)")
 """A prefix that Meta's Llamas are known with and without."""
+_STORED: Final = re.compile(
+    r"(?:[-._](?:gguf|gptq|awq|mxfp4|marlin|autoround|quantized|int[48]|[48]-?bits?|w[48]a16"
+    r"|g(?:32|64|128)|u?d?-?i?q[4-8]_(?:k(?:_(?:s|m|l|xl))?|[01]|nl|xs)|bf16|f16|f32))+$",
+    re.IGNORECASE,
+)
+"""The end of a name that tells how weights are stored: ``-GPTQ-Int4``, ``.Q4_K_M``."""
+_CARD: Final = re.compile(
+    r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([\w.-]+/[\w.-]+)[\"']?[ \t]*$", re.MULTILINE
+)
+"""The line of a model card that names what a quantized model was made from."""
+_CARD_LIMIT: Final = 64 << 10
 _COPIERS: Final = frozenset({"unsloth", "mlx-community"})
 """Owners that publish copies of others' models under the original names."""
 
@@ -45,6 +56,31 @@ def known_names(name: str, folder: Path, *more: str) -> tuple[str, ...]:
         if isinstance(own, str):
             names.append(_shown(own))
     return tuple(dict.fromkeys(each for each in (*names, *more) if each.strip()))
+
+
+def declared_origin(name: str, folder: Path) -> str:
+    """Return the name of the model whose weights a quantized base has in fewer bits: what its
+    model card or its ``config.json`` says, else its own name ``name`` without what tells how it
+    is stored. It is a claim: nothing here compares weights."""
+    with contextlib.suppress(OSError), (folder / "README.md").open("rb") as file:
+        card = file.read(_CARD_LIMIT).decode("utf-8", "replace")
+        if card.startswith("---") and (found := _CARD.search(card.partition("\n---")[0])):
+            return found[1]
+    own = ""
+    reading = contextlib.suppress(OSError, ValueError, AttributeError)
+    with reading, (folder / "config.json").open("rb") as file:
+        own = json.loads(file.read(_CONFIG_LIMIT)).get("_name_or_path") or ""
+    return without_storage(_shown(own if isinstance(own, str) and own.strip() else name))
+
+
+def meanings(name: str) -> tuple[str, ...]:
+    """Return a name, and the hub names of the bundled base that it is."""
+    return (name, *_ALIASES.get(_plain(name.strip().lower()), ()))
+
+
+def without_storage(name: str) -> str:
+    """Return a model's name without an end that tells how its weights are stored."""
+    return _STORED.sub("", name) or name
 
 
 def _shown(name: str) -> str:

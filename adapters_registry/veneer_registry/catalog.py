@@ -12,7 +12,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,7 @@ from veneer_registry.changes import Change
 from veneer_registry.database import Reader, connect, database_errors
 from veneer_registry.disk import create_file, disk_errors, sync
 from veneer_registry.exclusive import Exclusive
-from veneer_registry.rows import SERVER, Foreign, Who
+from veneer_registry.rows import SERVER, Foreign, ResidentRow, Who
 from veneer_registry.schema import upgrade
 
 _log = logging.getLogger(__name__)
@@ -41,9 +41,12 @@ class Catalog(CatalogReads):
     """The database at ``path``. Every method may be called from any thread.
 
     Attributes:
+        read_only: whether this is a copy of a catalog that another server changes.
         exclusive: lock to hold from reading the index, to decide on a change, until the change
             is made.
     """
+
+    read_only = False
 
     def __init__(self, path: Path, *, after_change: Callable[[int], None] = _nothing) -> None:
         """Open or make the database.
@@ -112,6 +115,34 @@ class Catalog(CatalogReads):
     def _before_commit(self, number: int) -> None:
         """Called when a change is complete, before its commit. If this raises, the change is
         rolled back."""
+
+    @property
+    def told(self) -> int:
+        """Number of the last change that the index has."""
+        return self.number
+
+    def set_residents(self, residents: Sequence[ResidentRow]) -> None:
+        """Record the resident adapters, most recently used first. They are this process's own,
+        so this is no change of the catalog, and needs no `exclusive`."""
+        with self._own() as writer:
+            writer.execute("DELETE FROM residents")
+            writer.executemany(
+                "INSERT INTO residents VALUES (?, ?, ?, ?)",
+                [(place, r.weights, r.tier, r.pin) for place, r in enumerate(residents)],
+            )
+
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[sqlite3.Connection]:
+        """A transaction of this database that is no change of the catalog."""
+        with self._write_lock, database_errors(self._path):
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
 
     def follow(self, follower: Callable[[Foreign], None]) -> None:
         """Call ``follower`` with the changes of other processes. Does nothing here, since no

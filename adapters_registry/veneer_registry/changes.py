@@ -12,7 +12,6 @@ from veneer_registry.integrity import row_digest, text_digest
 from veneer_registry.rows import (
     AliasRow,
     HistoryRow,
-    ResidentRow,
     RevisionRow,
     Who,
     damaged_row,
@@ -250,14 +249,6 @@ class Change:
         """Forget the content of these folders."""
         self._db.executemany(
             "DELETE FROM files WHERE digest = ?", [(digest,) for digest in digests]
-        )
-
-    def set_residents(self, residents: Sequence[ResidentRow]) -> None:
-        """Record the resident adapters, most recently used first."""
-        self._db.execute("DELETE FROM residents")
-        self._db.executemany(
-            "INSERT INTO residents VALUES (?, ?, ?, ?)",
-            [(place, r.weights, r.tier, r.pin) for place, r in enumerate(residents)],
         )
 
     # ---------------------------------------------------------------------- history

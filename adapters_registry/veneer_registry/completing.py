@@ -12,7 +12,8 @@ from veneer_registry import registration
 from veneer_registry.core import Core
 from veneer_registry.rows import SERVER
 
-_FACT: Final = "completed"
+COMPLETED: Final = "completed"
+"""Fact of a catalog for which nothing is left to do."""
 
 
 class Completing:
@@ -27,7 +28,7 @@ class Completing:
         """Process up to ``limit`` more names; False once all are done."""
         core = self._core
         if self._names is None:
-            if core.catalog.fact(_FACT) is not None:
+            if core.catalog.fact(COMPLETED) is not None:
                 return False
             self._names = iter(core.index.names())
         for name in islice(self._names, limit):
@@ -42,5 +43,5 @@ class Completing:
         if self._written:
             os.sync()  # one for all files: they are needed only if the catalog is lost
         with core.changes, core.change(SERVER) as change:
-            change.set_fact(_FACT, "1")
+            change.set_fact(COMPLETED, "1")
         return False

@@ -21,14 +21,13 @@ import io
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, NoReturn, TypeGuard, cast
+from typing import Any, BinaryIO, Final, Literal, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +36,13 @@ from veneer_registry.adapter import PROJECTIONS, Projection
 from veneer_registry.bundle_files import MLX_FILE
 from veneer_registry.errors import InvalidField
 from veneer_registry.format import check_adapter
+from veneer_registry.gguf_header import (
+    ADAPTER_BOUNDS,
+    INTERLEAVED,
+    PROJECTION_TENSORS,
+    GgufTensor,
+    read_gguf_header,
+)
 from veneer_registry.lora_config import CONFIG_FILE, CONFIG_LIMIT, MAX_RANK
 from veneer_registry.regular_files import open_regular
 from veneer_registry.replacing import new_folder
@@ -304,102 +310,20 @@ def _transposed(file: BinaryIO, tensor: TensorInfo) -> Bits:
 
 # --------------------------------------------------------------------------- GGUF
 
-_MAGIC: Final = b"GGUF"
-_MOST_HEADER: Final = 16 << 20
-_MOST_TENSORS: Final = 16_384
-_MOST_FACTS: Final = 4096
-_MOST_DEPTH: Final = 2
-_ALIGNMENT: Final = "general.alignment"
-_NUMBERS: Final = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
-"""Metadata type -> `struct` format, for all types except strings (8) and arrays (9)."""
-_TYPES: Final = {0: "F32", 1: "F16", 30: "BF16", 8: "Q8_0"}
-"""ggml's types for the matrices that llama.cpp's converter writes."""
+_TYPES: Final = ("F32", "F16", "BF16", "Q8_0")
+"""The types of the matrices that llama.cpp's converter writes."""
 _GGUF_NAME: Final = re.compile(
     r"blk\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<part>[a-z_]+)\.weight\.lora_(?P<side>[ab])"
 )
 _BLOCK: Final = 32
 """Numbers in a Q8_0 block, which has a float16 scale and then this many int8."""
 
-_PROJECTIONS: Final[Mapping[str, Projection]] = {
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_output": "o_proj",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
-}
+_PROJECTIONS: Final = {part: name for name, part in PROJECTION_TENSORS.items()}
 _OWN_BASE: Final = "give --base with the base that it was trained on"
-_ARCHITECTURES: Final = {"llama": True, "qwen2": False, "qwen3": False}
-"""Architecture -> whether llama.cpp interleaves the rows of q and k."""
-
-
-class _Cursor:
-    """Reads values from the bytes of a GGUF header, and never past their end."""
-
-    def __init__(self, data: bytes, name: str) -> None:
-        self._data, self._name, self.at = data, name, 0
-
-    def bad(self, why: str, **more: Any) -> NoReturn:
-        refuse(self._name, why, **more)
-
-    def take(self, size: int) -> bytes:
-        if size > len(self._data) - self.at:
-            self.bad(
-                f"has a header that is cut off, or larger than {_MOST_HEADER >> 20} MiB; it is "
-                "not an adapter's GGUF file",
-                cause="header",
-            )
-        self.at += size
-        return self._data[self.at - size : self.at]
-
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def text(self) -> str:
-        return self.take(self.number("<Q")).decode("utf-8", "replace")
-
-    def value(self, kind: int, depth: int = 0) -> Any:
-        """Read a metadata value. Return only the length of an array, since none is needed."""
-        if kind == 8:
-            return self.text()
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        if kind != 9 or depth == _MOST_DEPTH:
-            self.bad(f"has metadata of the unknown type {kind}", cause="header")
-        inner, count = self.number("<I"), self.number("<Q")
-        if inner in _NUMBERS:
-            self.take(count * struct.calcsize(_NUMBERS[inner]))
-        else:
-            for _ in range(count):  # each takes some bytes, or is refused
-                self.value(inner, depth + 1)
-        return count
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A matrix [rows, columns] in a GGUF file, and its offset there."""
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    begin: int
 
 
 def _read_gguf(path: Path, file: BinaryIO, base: Path | None) -> _Read:
-    facts, tensors = _gguf_header(path.name, file)
+    facts, tensors = _matrices(path.name, file)
     architecture = facts.get("general.architecture")
     if facts.get("general.type") != "adapter" or facts.get("adapter.type") != "lora":
         refuse(
@@ -409,11 +333,11 @@ def _read_gguf(path: Path, file: BinaryIO, base: Path | None) -> _Read:
         )
     if "adapter.alora.invocation_tokens" in facts:
         refuse(path.name, "is an activated LoRA, which is not supported; train plain LoRA")
-    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in INTERLEAVED:
         refuse(
             path.name,
             f"is for the architecture {show(architecture)}; served are "
-            f"{', '.join(_ARCHITECTURES)}: give the PEFT folder that it was made from",
+            f"{', '.join(INTERLEAVED)}: give the PEFT folder that it was made from",
         )
     alpha = facts.get("adapter.lora.alpha")
     if not _is_number(alpha):
@@ -424,12 +348,12 @@ def _read_gguf(path: Path, file: BinaryIO, base: Path | None) -> _Read:
         at, side = _gguf_place(path.name, tensor.name)
         read = partial(_stored, file, path.name, tensor)
         dtype = "F32" if tensor.kind == "Q8_0" else tensor.kind
-        matrix = _Matrix(dtype, tensor.shape, read)
+        matrix = _Matrix(dtype, cast(tuple[int, int], tensor.shape), read)
         pair = found.setdefault(at, {})
         if side in pair:
             refuse(path.name, "occurs twice; convert it again", tensor=tensor.name)
         pair[side] = matrix
-    if _ARCHITECTURES[architecture]:
+    if INTERLEAVED[architecture]:
         rotary = [at for at in found if at[1] in ("q_proj", "k_proj") and "B" in found[at]]
         if rotary:
             inputs, heads = _heads(path.name, base)
@@ -446,57 +370,19 @@ def _read_gguf(path: Path, file: BinaryIO, base: Path | None) -> _Read:
     )
 
 
-def _gguf_header(name: str, file: BinaryIO) -> tuple[dict[str, Any], tuple[_Tensor, ...]]:
-    """Read a file's metadata and list its matrices, checking its claims against its size."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    cursor = _Cursor(file.read(_MOST_HEADER), name)
-    if size < len(_MAGIC) or cursor.take(4) != _MAGIC:
-        cursor.bad("is not a GGUF file; give an adapter's folder or GGUF file", cause="magic")
-    version = cursor.number("<I")
-    if version not in (2, 3):
-        cursor.bad(f"is GGUF version {version}; 2 and 3 are read, of little-endian machines")
-    count, facts_count = cursor.number("<Q"), cursor.number("<Q")
-    if count > _MOST_TENSORS or facts_count > _MOST_FACTS:
-        cursor.bad(
-            f"claims {count} tensors and {facts_count} facts; at most {_MOST_TENSORS} and "
-            f"{_MOST_FACTS} are allowed: it is not an adapter's",
-            cause="header",
-        )
-    facts: dict[str, Any] = {}
-    for _ in range(facts_count):
-        key = cursor.text()
-        facts[key] = cursor.value(cursor.number("<I"))
-    listed = []
-    for _ in range(count):
-        tensor, dimensions = cursor.text(), cursor.number("<I")
-        if dimensions > 4:
-            cursor.bad(f"has {dimensions} dimensions; need a matrix", tensor=tensor)
-        shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
-        kind, offset = _TYPES.get(cursor.number("<I")), cursor.number("<Q")
-        _check_size(name, tensor, shape)
-        if kind is None or (kind == "Q8_0" and shape[1] % _BLOCK):
-            cursor.bad(
-                "has a type that is not read; convert it as f32, f16, bf16 or q8_0",
-                tensor=tensor,
+def _matrices(name: str, file: BinaryIO) -> tuple[Mapping[str, Any], Sequence[GgufTensor]]:
+    """Read an adapter file's metadata and its matrices."""
+    header = read_gguf_header(file, name, ADAPTER_BOUNDS)
+    for tensor in header.tensors:
+        _check_size(name, tensor.name, tensor.shape)
+        if tensor.kind not in _TYPES:
+            refuse(
+                name,
+                f"has the type {tensor.kind}, which is not read; convert it as f32, f16, bf16 "
+                "or q8_0",
+                tensor=tensor.name,
             )
-        listed.append(_Tensor(tensor, kind, cast(tuple[int, int], shape), offset))
-    alignment = facts.get(_ALIGNMENT, 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16:
-        cursor.bad(f"is {show(alignment)}; need a small number", key=_ALIGNMENT)
-    start = cursor.at + -cursor.at % alignment
-    found = tuple(dataclasses.replace(each, begin=start + each.begin) for each in listed)
-    for each in found:
-        if each.begin + _size(each) > size:
-            cursor.bad("extends past the end of the file; copy it again", tensor=each.name)
-    return facts, found
-
-
-def _size(tensor: _Tensor) -> int:
-    numbers = math.prod(tensor.shape)
-    if tensor.kind == "Q8_0":
-        return numbers // _BLOCK * (_BLOCK + 2)
-    return numbers * (4 if tensor.kind == "F32" else 2)
+    return header.facts, header.tensors
 
 
 def _gguf_place(file: str, name: str) -> tuple[tuple[int, Projection], Side]:
@@ -512,11 +398,11 @@ def _gguf_place(file: str, name: str) -> tuple[tuple[int, Projection], Side]:
     return (int(found["layer"]), _PROJECTIONS[found["part"]]), side
 
 
-def _stored(file: BinaryIO, name: str, tensor: _Tensor) -> Bits:
+def _stored(file: BinaryIO, name: str, tensor: GgufTensor) -> Bits:
     if tensor.kind != "Q8_0":
         return _bits(file, name, tensor.kind, tensor.shape, tensor.begin)
     block = np.dtype([("scale", "<f2"), ("numbers", "i1", (_BLOCK,))])
-    blocks = np.frombuffer(_bytes(file, name, tensor.begin, _size(tensor)), block)
+    blocks = np.frombuffer(_bytes(file, name, tensor.begin, tensor.size), block)
     numbers = blocks["scale"].astype(np.float32)[:, None] * blocks["numbers"]
     return np.asarray(numbers, np.float32).reshape(tensor.shape)
 

@@ -23,8 +23,9 @@ from veneer_registry.catalog import Catalog
 from veneer_registry.causes import cause_of
 from veneer_registry.changes import Change
 from veneer_registry.entry import Entry
-from veneer_registry.errors import AdapterCorrupt, EtagMismatch, VeneerError
+from veneer_registry.errors import AdapterCorrupt, EtagMismatch, Unavailable, VeneerError
 from veneer_registry.exclusive import Exclusive
+from veneer_registry.freshness import Freshness, Owned
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
 from veneer_registry.manifest_json import manifest_from_json
@@ -50,6 +51,7 @@ class Core:
         clock: returns Unix seconds.
         read: checks the files of an upload, as `format.read_upload` does.
         close: closes everything else that belongs to the catalog and the store.
+        freshness: how current the catalog is.
         watchers: called with the changes of other processes; see `Registry.watch`.
     """
 
@@ -63,6 +65,7 @@ class Core:
     clock: Callable[[], float]
     read: ReadAdapter
     close: Callable[[], None] = lambda: None
+    freshness: Freshness = dataclasses.field(default_factory=Owned)
     watchers: list[Callable[[Sequence[HistoryRow]], None]] = dataclasses.field(
         default_factory=list, init=False
     )
@@ -82,8 +85,17 @@ class Core:
         return self.catalog.change(who, self.clock())
 
     def record(self, row: RevisionRow) -> AdapterRecord:
-        """The record that callers get for a row."""
-        manifest = self._parse(row.manifest)
+        """The record that callers get for a row. Raises Unavailable if this version of Veneer
+        cannot read it: another server may have written it."""
+        try:
+            manifest = self._parse(row.manifest)
+        except (ValueError, TypeError, KeyError) as error:
+            raise Unavailable(
+                f"this server cannot read adapter {row.name}@{row.revision[:12]}, which a "
+                "server of another version wrote; use another server",
+                metadata={"adapter": row.name, "cause": "version"},
+                detail=repr(error),
+            ) from error
         # The server may have been restarted with another serving dtype.
         served = manifest.parameters * SERVING_BYTES[self.base.serving_dtype]
         ref = AdapterRef(row.name, row.revision, row.weights)
@@ -105,13 +117,20 @@ class Core:
         )
 
     def sweep(self) -> int:
-        """Remove content that no name or lease needs. Returns the number of folders removed.
+        """Remove content that no name or lease needs. Returns the number of folders removed. A
+        read-only copy has no content of its own.
 
         While the catalog has damaged rows, content that one of them may refer to stays, and
         the rest goes to quarantine.
         """
         with self.changes:
             garbage = self.index.take_garbage()
+            if self.catalog.read_only:
+                return 0
+            if self.index.any_damaged and self.store.remote:
+                # What a damaged row may refer to could only be found out by reading all of it.
+                self.index.put_back(garbage)
+                return 0
             weights, revisions = garbage.weights, garbage.revisions
             trash: Path | None = None
             try:

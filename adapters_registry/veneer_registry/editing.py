@@ -221,12 +221,17 @@ class Editing(Part):
         quarantine already, or if an intact copy replaced them.
         """
         core = self._core
+        # Not under the lock: the store may be slow. If others have changed the catalog
+        # meanwhile, one of them may have repaired the weights, so it is tried again.
+        known = core.catalog.number
+        if self._to_quarantine(weights_digest) and core.store.heal(weights_digest):
+            _log.warning("weights %s were damaged here; fetched again", weights_digest[:12])
+            return ()
         with core.changes:
-            holding = core.index.holding(weights_digest)
-            if not holding or core.index.quarantined(weights_digest) is not None:
-                return ()
-            if core.store.heal(weights_digest):
-                _log.warning("weights %s were damaged here; fetched again", weights_digest[:12])
+            holding = self._to_quarantine(weights_digest)
+            if not holding or (
+                core.catalog.number != known and core.store.heal(weights_digest)
+            ):
                 return ()
             with core.change(who) as change:
                 change.quarantine(weights_digest, why)
@@ -240,6 +245,12 @@ class Editing(Part):
                     "damaged weights %s stay where they are: %s", weights_digest[:12], error
                 )
         return holding
+
+    def _to_quarantine(self, weights_digest: str) -> tuple[AdapterRef, ...]:
+        """The revisions that have these weights; none if they are in quarantine already."""
+        if self._core.index.quarantined(weights_digest) is not None:
+            return ()
+        return self._core.index.holding(weights_digest)
 
 
 def _forgetting(alias: AliasRow, gone: Sequence[str]) -> AliasRow:

@@ -19,6 +19,7 @@ from typing import Final
 
 from veneer_registry.adapter import BaseFingerprint
 from veneer_registry.errors import AdapterInvalid, InvalidField
+from veneer_registry.gguf_header import BASE_BOUNDS, read_gguf_header
 from veneer_registry.replacing import replace_file
 from veneer_registry.safetensors_header import CHECKPOINT_LIMITS, TensorInfo, read_header
 from veneer_registry.strict_json import canonical_json
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 
+GGUF_FILE: Final = "model.gguf"
+"""Link to the weights in the folder of a base that is a GGUF file."""
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _TAG: Final = b"veneer.base.v1\0"
@@ -100,11 +103,19 @@ def _bad_base(message: str, **metadata: str) -> InvalidField:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers would load: the single file, else those in the index,
-    else all ``*.safetensors``.
+    else all ``*.safetensors``. For a base that is a GGUF file, return that file.
 
     Raises:
         InvalidField: (metadata ``field`` = ``base``) no safetensors, or a broken index.
     """
+    if (link := folder / GGUF_FILE).is_symlink() or link.is_file():
+        if not link.is_file():
+            raise _bad_base(
+                f"{folder} links to a GGUF file that is gone; give --base the file's new place",
+                file=GGUF_FILE,
+                cause="missing",
+            )
+        return [link]
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
@@ -179,6 +190,9 @@ def _cache_key(shards: list[Path]) -> str:
             prefix = file.read(8)
             length = min(int.from_bytes(prefix, "little"), CHECKPOINT_LIMITS.header_bytes)
             header = _sha256(file.read(length))
+        if path.suffix == ".gguf":  # its header has no length; its first part has all metadata
+            with path.open("rb") as file:
+                header = _sha256(file.read(_CHUNK))
         facts = [str(path.resolve()), status.st_size, status.st_mtime_ns, header]
         digest.update(canonical_json(facts) + b"\n")
     return digest.hexdigest()
@@ -192,13 +206,7 @@ def _hash_weights(
         tensors: dict[str, tuple[TensorInfo, BufferedReader]] = {}
         for path in shards:
             file = stack.enter_context(path.open("rb"))
-            try:
-                header = read_header(file, path.name, CHECKPOINT_LIMITS)
-            except AdapterInvalid as error:
-                raise _bad_base(
-                    f"the base model is damaged: {error}", file=path.name, cause="damaged"
-                ) from error
-            for name, tensor in header.tensors.items():
+            for name, tensor in _tensors_of(file, path).items():
                 if name in tensors:
                     raise _bad_base(
                         f"tensor {name!r} is in two files; keep one of them",
@@ -230,6 +238,23 @@ def _hash_weights(
                 left -= count
         hashed(done, total)
         return digest.hexdigest()
+
+
+def _tensors_of(file: BufferedReader, path: Path) -> Mapping[str, TensorInfo]:
+    try:
+        if path.suffix != ".gguf":
+            return read_header(file, path.name, CHECKPOINT_LIMITS).tensors
+        header = read_gguf_header(file, path.name, BASE_BOUNDS)
+    except AdapterInvalid as error:
+        raise _bad_base(
+            f"the base model is damaged: {error}", file=path.name, cause="damaged"
+        ) from error
+    return {
+        each.name: TensorInfo(
+            each.name, each.kind, each.shape, each.begin, each.begin + each.size
+        )
+        for each in header.tensors
+    }
 
 
 def _tokenizer(folder: Path) -> str:

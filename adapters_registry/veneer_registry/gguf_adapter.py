@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,19 +25,10 @@ import numpy.typing as npt
 
 from veneer_registry.adapter import Projection
 from veneer_registry.format import read_adapter
+from veneer_registry.gguf_header import PROJECTION_TENSORS
 from veneer_registry.replacing import replacing
 from veneer_registry.stored_adapter import open_stored
 from veneer_registry.weights import TensorView
-
-_TENSORS: Final[Mapping[Projection, str]] = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
 
 Matrix = npt.NDArray[np.float32]
 
@@ -101,7 +92,7 @@ def write_gguf_adapter(
             b = _float32(tensor.b) * np.float32(module.scaling)
             if module.projection in rotary:
                 b = permute(b, rotary[module.projection])
-            name = f"blk.{module.layer}.{_TENSORS[module.projection]}.weight"
+            name = f"blk.{module.layer}.{PROJECTION_TENSORS[module.projection]}.weight"
             writer.add_tensor(f"{name}.lora_a", _float32(tensor.a))
             writer.add_tensor(f"{name}.lora_b", b)
 

@@ -308,6 +308,11 @@ class Index:
                 self._shared_in_order = tuple(sorted(self._shared))
             return self._shared_in_order
 
+    def entries(self) -> dict[str, Entry]:
+        """All entries, by name."""
+        with self._lock:
+            return dict(self._names)
+
     def names(self) -> tuple[str, ...]:
         """All names, in order."""
         with self._lock:

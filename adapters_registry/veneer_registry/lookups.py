@@ -36,9 +36,8 @@ class Lookups(Part):
         return len(self._core.index)
 
     def check_age(self, most_s: float) -> None:
-        """Raise Unavailable if names come from a view of another registry that is older than
-        ``most_s``, or than this server accepts. Does nothing here: a registry knows its own
-        names."""
+        """See `Freshness.check`."""
+        self._core.freshness.check(most_s)
 
     def resolve(self, name: str, key: str = "") -> AdapterRef:
         """The revision that ``name``, ``name@revision`` or ``name/alias`` means now. Takes
@@ -51,10 +50,12 @@ class Lookups(Part):
         Raises:
             InvalidField: malformed or ambiguous.
             AdapterNotFound: with metadata ``did_you_mean`` if there is a similar name.
+            Unavailable: it is not there, but the names are not current.
             BaseModelMismatch: it was registered for another base.
             AdapterCorrupt: its stored content or its catalog row is damaged or gone.
         """
-        return self._core.index.resolve(name, key)
+        with self._doubting():
+            return self._core.index.resolve(name, key)
 
     def acquire(self, name: str, key: str = "") -> RevisionLease:
         """Resolve and lease in one step: the content stays until the lease ends, even if it is
@@ -63,7 +64,8 @@ class Lookups(Part):
         index = self._core.index
         before: AdapterRef | None = None
         while True:
-            ref = index.acquire(name, key).ref
+            with self._doubting():
+                ref = index.acquire(name, key).ref
             try:
                 row = self._core.catalog.revision(ref.name, ref.revision, urgent=True)
                 if row is not None:
@@ -90,17 +92,26 @@ class Lookups(Part):
         so that the caller looks the name up again. If the name still resolves to the same
         revision, raise: a delete has reached the catalog but not yet the index."""
         if ref == before:
-            raise AdapterNotFound(
-                f"adapter {ref.short} has just been deleted; push it again",
-                metadata={"adapter": ref.name, "cause": "deleted"},
-            )
+            raise self._core.freshness.missing(ref)
+
+    @contextmanager
+    def _doubting(self) -> Iterator[None]:
+        """Turn AdapterNotFound into Unavailable while the names are not current."""
+        try:
+            yield
+        except AdapterNotFound as error:
+            doubt = self._core.freshness.absent(error)
+            if doubt is error:
+                raise
+            raise doubt from None
 
     def get(self, name: str) -> AdapterRecord:
         """The record of ``name``, ``name@revision`` or ``name/alias``, whatever base it is
         for. Raises InvalidField for an alias with several targets."""
         before: AdapterRef | None = None
         while True:
-            ref = self._core.index.find(name).ref
+            with self._doubting():
+                ref = self._core.index.find(name).ref
             row = self._core.catalog.revision(ref.name, ref.revision)
             if row is not None:
                 return self._core.record(row)
@@ -111,7 +122,8 @@ class Lookups(Part):
         """All kept revisions of a plain name, newest first. Raises AdapterNotFound."""
         rows = self._core.catalog.revisions(name)
         if not rows:
-            self._core.index.find(name)
+            with self._doubting():
+                self._core.index.find(name)
         return tuple(map(self._core.record, rows))
 
     def list(
@@ -230,7 +242,8 @@ class Lookups(Part):
     def aliases(self, name: str = "") -> tuple[AliasRow, ...]:
         """Aliases of a plain name (all names if empty), sorted. Raises AdapterNotFound."""
         if name:
-            return self._core.index.find_entry(name).aliases
+            with self._doubting():
+                return self._core.index.find_entry(name).aliases
         return self._core.catalog.aliases()
 
     def history(

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from veneer_registry.adapter import BaseSpec
 from veneer_registry.catalog import Catalog
 from veneer_registry.core import Core, ReadAdapter
 from veneer_registry.disk import make_private
 from veneer_registry.following import follow_changes
+from veneer_registry.freshness import Freshness, Owned
 from veneer_registry.index import Index
 from veneer_registry.lock import OwnerLock
 from veneer_registry.pairing import (
@@ -51,12 +52,18 @@ class Locations(Protocol):
     def write_id(self, data: bytes) -> None:
         """Replace the store's id."""
 
+    @property
+    def freshness(self) -> Freshness:
+        """How current the catalog is. Called after `open_catalog`."""
+
     def close(self) -> None:
         """Close everything except the catalog and the store. Idempotent."""
 
 
 class FolderLocations:
     """A data folder: ``catalog.sqlite`` and ``store/``. The caller holds its lock."""
+
+    freshness: Final[Freshness] = Owned()
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
@@ -118,6 +125,7 @@ def open_core(
                 clock=clock,
                 read=read,
                 close=places.close,
+                freshness=places.freshness,
             )
             store.keep_while(index.leases, index.is_named)
             catalog.follow(partial(follow_changes, core))

@@ -121,19 +121,9 @@ class Publishing(Part):
             core.index.hold(ref)  # keeps sweeps from removing content without a name
             undo.callback(core.index.release, ref)
             self._check_replace(request, core.index.entry(row.name), row.revision)
-            content.fresh = core.store.prepare(upload.folder, content.bundle)
-            with core.changes:
-                entry = core.index.entry(row.name)
-                self._check_replace(request, entry, row.revision)
-                kept = self._registered(row, entry)
-                undo.callback(self._unregister, ref)
-                content.fresh |= core.store.commit(
-                    upload.folder, content.bundle, registration.write(kept)
-                )
-                content.found = core.index.found(ref)
-                # Weights in quarantine may be intact on disk since an unpublished push:
-                # committing this one heals them too.
-                content.fresh |= core.index.quarantined(row.weights) is not None
+            undo.enter_context(core.store.claim(content.bundle))
+            undo.callback(self._unregister, ref)
+            entry = self._store(request, row, content, upload.folder)
             current = None if entry is None else entry.current
             return Staged(
                 request=request,
@@ -144,6 +134,29 @@ class Publishing(Part):
                 current=None if current == ref else current,
                 end=undo.pop_all(),
             )
+
+    def _store(
+        self, request: UploadRequest, row: RevisionRow, content: _Content, folder: Path
+    ) -> Entry | None:
+        """Store content. Return the name's entry at that time."""
+        core, ref = self._core, AdapterRef(row.name, row.revision, row.weights)
+        while True:
+            damaged = core.index.quarantined(row.weights) is not None
+            content.fresh |= core.store.prepare(folder, content.bundle, damaged=damaged)
+            with core.changes:
+                entry = core.index.entry(row.name)
+                self._check_replace(request, entry, row.revision)
+                if not damaged and core.index.quarantined(row.weights) is not None:
+                    continue  # another registry has found them damaged meanwhile
+                kept = self._registered(row, entry)
+                content.fresh |= core.store.commit(
+                    folder, content.bundle, registration.write(kept)
+                )
+                content.found = core.index.found(ref)
+                # Weights in quarantine may be intact on disk since an unpublished push:
+                # committing this one heals them too.
+                content.fresh |= damaged
+                return entry
 
     def _unregister(self, ref: AdapterRef) -> None:
         """Unregister uncommitted content, so that a recovery does not bring it back."""
@@ -173,10 +186,8 @@ class Publishing(Part):
             entry = core.index.entry(row.name)
             self._check_replace(staged.request, entry, row.revision)
             registered = registration.write(self._registered(row, entry))
-            core.store.still_there(staged.folder, staged.content.bundle)
-            if not core.store.has(row.revision, registered[0]):
-                # Another publish of the same content was staged meanwhile and discarded.
-                core.store.register(row.revision, *registered)
+            # Another publish of the same content may have been staged meanwhile and discarded.
+            core.store.keep_registered(row.revision, *registered)
             return self._commit(staged.request, row, staged.content, who)
 
     def _read(self, upload: Upload) -> tuple[RevisionRow, _Content]:

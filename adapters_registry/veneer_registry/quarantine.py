@@ -5,10 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from veneer_registry.disk import disk_errors, make_folder, move_away, remove, sync
 from veneer_registry.store_folders import StoreFolders, size_of
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Content that is to be removed.
+
+    Attributes:
+        trash: the staging folder that it is in; None if it is elsewhere.
+    """
+
+    name: str
+    bytes: int = 0
+    trash: Path | None = None
 
 
 class Quarantine:
@@ -66,21 +80,31 @@ class Quarantine:
             found += self._unnamed.iterdir()
         return sorted(found, key=lambda path: (_changed(path), path.name))
 
-    def prune(self, most_bytes: int, older_than: float) -> list[tuple[str, int]]:
-        """Remove content quarantined before ``older_than`` (Unix seconds), then the oldest
-        until at most ``most_bytes`` are left. Return (name, bytes) of each removed folder."""
+    def choose(self, most_bytes: int, older_than: float) -> list[Removal]:
+        """Choose content to remove: what was quarantined before ``older_than`` (Unix seconds),
+        then the oldest until at most ``most_bytes`` are left. Nobody can bring it back from now
+        on; the caller must `remove` it."""
         held = [(path, size_of(path)) for path in self.held()]
         left = sum(size for _, size in held)
-        removed = []
+        chosen = []
         for path, size in held:
             if left <= most_bytes and _changed(path) >= older_than:
                 continue
             # Rename first: `bring_back` must never see a partly removed folder.
             trash = self._folders.new_staging()
             path.rename(trash / path.name)
-            remove(trash)
             left -= size
-            removed.append((path.name, size))
+            chosen.append(Removal(path.name, size, trash))
+        return chosen
+
+    def remove(self, chosen: Iterable[Removal]) -> list[tuple[str, int]]:
+        """Remove content that was chosen. It may take long, and needs no lock. Return (name,
+        bytes) of each."""
+        removed = []
+        for each in chosen:
+            assert each.trash is not None, "it is from `choose`"
+            remove(each.trash)
+            removed.append((each.name, each.bytes))
         return removed
 
 

@@ -241,6 +241,7 @@ class _Recovery:
         try:
             with catalog.change(COMMAND, time.time()) as change:
                 self._fill(change, old, rows)
+            catalog.set_residents(old.residents)
             if self._survey.id is not None:
                 with catalog.change() as change:
                     change.set_fact(STORE_FACT, self._survey.id)
@@ -289,7 +290,6 @@ class _Recovery:
                 self._found.aliases += 1
         for digest, why in {**old.quarantined, **self._bad_weights(rows)}.items():
             change.quarantine(digest, why)
-        change.set_residents(old.residents)
         change.raise_counter(top + 1)
         self._found.history = len(old.history)
         self._found.lost_rows = old.damaged

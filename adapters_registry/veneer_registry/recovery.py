@@ -30,12 +30,14 @@ _SHOWN: Final = 20
 
 def base_identity(base: BaseSpec) -> str:
     """Return a digest of what decides whether an adapter checked earlier still fits a base."""
-    facts = {
+    facts: dict[str, object] = {
         "weights": base.fingerprint.weights,
         "tokenizer": base.fingerprint.tokenizer,
         "layers": base.num_layers,
         "shapes": {name: list(shape) for name, shape in base.shapes.items()},
     }
+    if base.origin and base.require_same_weights:
+        facts["same_weights"] = True
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 

@@ -30,12 +30,18 @@ from veneer_registry.opening import FolderLocations, Locations, open_core
 from veneer_registry.publishing import Publishing
 from veneer_registry.records import UploadRequest
 from veneer_registry.replicating import Replicating
-from veneer_registry.rows import SERVER, HistoryRow, ResidentRow, Who
+from veneer_registry.rows import HistoryRow, ResidentRow, Who
 from veneer_registry.upload import Upload
 
 
 class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
-    """Owner of a data folder. Thread-safe."""
+    """Owner of a data folder. Thread-safe.
+
+    Attributes:
+        closed: whether it was closed.
+    """
+
+    closed = False
 
     def __init__(self, core: Core, *, max_adapter_bytes: int) -> None:
         """Use `Registry.open`."""
@@ -91,6 +97,7 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
 
     def close(self) -> None:
         """End open uploads, wait for a running change, release the folder."""
+        self.closed = True
         self._uploads.close()
         with self._core.changes.here():
             self._core.catalog.close()
@@ -148,7 +155,10 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
     # -------------------------------------------------------------------- changes
 
     def note(self, event: str, ref: AdapterRef, who: Who, detail: str = "") -> None:
-        """Add a line to the history, for something that was done to a revision in memory."""
+        """Add a line to the history, for something that was done to a revision in memory. A
+        read-only copy has no history: there it does nothing."""
+        if self._core.catalog.read_only:
+            return
         with self._core.changes, self._core.change(who) as change:
             change.note(event, ref.name, ref.revision, detail)
 
@@ -166,8 +176,7 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
 
     def set_residents(self, residents: Sequence[ResidentRow]) -> None:
         """Record the resident adapters, most recently used first."""
-        with self._core.changes, self._core.change(SERVER) as change:
-            change.set_residents(residents)
+        self._core.catalog.set_residents(residents)
 
     # ----------------------------------------------------------------------- sweep
 
@@ -189,8 +198,10 @@ class Registry(Lookups, Aliases, Editing, Publishing, Replicating):
 
         Returns (name, bytes) for each removed item.
         """
+        quarantine = self._core.store.quarantine
         with self._core.changes:
-            return self._core.store.quarantine.prune(most_bytes, time.time() - idle_s)
+            chosen = quarantine.choose(most_bytes, time.time() - idle_s)
+        return quarantine.remove(chosen)
 
     def sweep(self) -> int:
         """Remove content that no name or lease needs. Returns the number of folders removed."""

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 from veneer_registry.adapter import AdapterRef
 from veneer_registry.core import Part
 from veneer_registry.entry import Entry
 from veneer_registry.pairing import STORE_FACT
 from veneer_registry.rows import RevisionRow
-
-_FETCHING: Final = ThreadPoolExecutor(8, thread_name_prefix="fetch")
-"""Separate threads for downloads: a slow object store must not stall other work."""
 
 
 class Replicating(Part):
@@ -40,6 +34,18 @@ class Replicating(Part):
         return self._core.catalog.number
 
     @property
+    def told(self) -> int:
+        """See `Catalog.told`."""
+        return self._core.catalog.told
+
+    def catch_up(self, number: int) -> None:
+        """Apply what other registries have changed, unless everything up to a number is there.
+        From a worker thread. Raises Unavailable."""
+        if self.told < number:
+            with self._core.changes:
+                pass
+
+    @property
     def base_id(self) -> str:
         """Identity of the base that adapters are checked against."""
         return self._core.base_id
@@ -49,6 +55,9 @@ class Replicating(Part):
         be fetched. Raises what `Lookups.fetch` does."""
         if self._core.store.is_local(ref.weights_digest):
             return False
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(_FETCHING, self._core.store.fetch, ref.weights_digest)
-        return True
+        return await self._core.store.bring(ref.weights_digest)
+
+    @property
+    def lag_s(self) -> float:
+        """See `Freshness.lag_s`."""
+        return self._core.freshness.lag_s

@@ -20,13 +20,15 @@ Folders are 0700 and files 0600, whatever the umask.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -51,12 +53,20 @@ from veneer_registry.upload_folders import UploadFolders
 _log = logging.getLogger(__name__)
 
 _BUNDLE: Final = "bundle.json"
+_FETCHING: Final = ThreadPoolExecutor(8, thread_name_prefix="fetch")
+"""Separate threads for downloads: a slow object store must not stall other work."""
 REGISTRATION: Final = "registered-"
 """Prefix of a registration's file name."""
 
 
 class Store(StoreFolders):
-    """The content in the folders under ``root``. Adapter names are in the catalog, not here."""
+    """The content in the folders under ``root``. Adapter names are in the catalog, not here.
+
+    Attributes:
+        remote: whether reading it takes a network.
+    """
+
+    remote = False
 
     def __init__(self, root: Path) -> None:
         """See `StoreFolders`."""
@@ -152,21 +162,33 @@ class Store(StoreFolders):
 
     # ------------------------------------------------- for content that is kept elsewhere
 
-    def prepare(self, staged: Path, bundle: Bundle) -> bool:
-        """Do the part of `commit` that can be done ahead, while others commit. Return True if
-        this stored the weights, so that `commit` does not."""
-        return False
+    def claim(self, bundle: Bundle) -> AbstractContextManager[None]:
+        """Within the block, no other registry removes this content. Nothing to do here: a
+        folder has only one owner."""
+        return contextlib.nullcontext()
 
-    def still_there(self, staged: Path, bundle: Bundle) -> None:
-        """Store content again if another registry removed it since `commit`. Nothing to do
-        here: a folder has only one owner."""
+    def prepare(self, staged: Path, bundle: Bundle, *, damaged: bool) -> bool:
+        """Do the part of `commit` that can be done ahead, while others commit. Return True if
+        this stored the weights, so that `commit` does not.
+
+        Args:
+            damaged: whether the stored weights are known to be damaged, if there are any.
+        """
+        return False
 
     def is_local(self, weights: str) -> bool:
         """Whether committed weights can be read from `weights_folder` now. Reads no disk."""
         return True
 
-    def fetch(self, weights: str) -> None:
-        """Make `is_local` true. Raises AdapterCorrupt, Unavailable."""
+    def fetch(self, weights: str) -> bool:
+        """Make `is_local` true. Return whether the weights had to be fetched. Raises
+        AdapterCorrupt, QueueFull, Unavailable."""
+        return False
+
+    async def bring(self, weights: str) -> bool:
+        """As `fetch`, from an event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_FETCHING, self.fetch, weights)
 
     def heal(self, weights: str) -> bool:
         """Replace damaged weights by an intact copy. Return False if there is none."""
@@ -186,6 +208,11 @@ class Store(StoreFolders):
         """Registration files of a stored revision, one per name."""
         folder = self.revision_folder(revision)
         return sorted(folder.glob(f"{REGISTRATION}*"))
+
+    def keep_registered(self, revision: str, name: str, data: bytes) -> None:
+        """`register` if there is no such registration."""
+        if not self.has(revision, name):
+            self.register(revision, name, data)
 
     def register(self, revision: str, name: str, data: bytes) -> None:
         """Write a registration beside a committed revision. Does nothing if that is gone."""

@@ -14,7 +14,7 @@ from veneer_registry.adapter import (
     BaseSpec,
     BaseWord,
 )
-from veneer_registry.base_names import is_copy, is_named, says_its_origin
+from veneer_registry.base_names import is_copy, is_named, meanings, says_its_origin
 from veneer_registry.errors import BaseModelMismatch
 from veneer_registry.lora_config import CONFIG_FILE
 from veneer_registry.strict_json import canonical_json, parse_object, refuse, show
@@ -141,26 +141,78 @@ def check_base(
         and getattr(trained, part) != getattr(served, part)
     ]
     hard = [part for part in differing if part in ("weights", "tokenizer")]
+    soft = tuple(
+        f"the base's {part} differs from the one used in training "
+        f"({getattr(trained, part)[:12]}, here {getattr(served, part)[:12]})"
+        for part in differing
+        if part not in hard
+    )
+    same_tokens = "tokenizer" not in hard or _same_tokens(base, claim)
+    if hard and base.origin and same_tokens and _means_origin(named, base, claim):
+        _refuse_other_weights(named, base)
+        word: BaseWord = "publisher" if claim.same else "rule"
+        return word, (_of_origin(named, base), *soft)
     if hard:
         shown = "; ".join(
             f"{part} {getattr(trained, part)[:12]} (adapter), "
             f"{getattr(served, part)[:12]} (server)"
             for part in hard
         )
+        more = ""
+        if base.origin and same_tokens:
+            safe = _SAFE.fullmatch(named) is not None
+            more = (
+                f". {base.name} is quantized from {show(base.origin)}: if the adapter is for "
+                f"that, start this server with --allow-base-name {named if safe else 'NAME'}"
+            )
         metadata = {"base": base.name}
         for part in hard:
             metadata[f"adapter_{part}"] = getattr(trained, part)
             metadata[f"base_{part}"] = getattr(served, part)
         raise BaseModelMismatch(
             f"the adapter was trained on a base other than {base.name}: {shown}; push it to a "
-            "server with its base, or retrain it on this one",
+            f"server with its base, or retrain it on this one{more}",
             metadata=metadata,
         )
-    return "fingerprint", tuple(
-        f"the base's {part} differs from the one used in training "
-        f"({getattr(trained, part)[:12]}, here {getattr(served, part)[:12]})"
-        for part in differing
+    return "fingerprint", soft
+
+
+def _same_tokens(base: BaseSpec, claim: BaseClaim) -> bool:
+    """Whether the tokenizer beside the adapter is known to have the base's tokens."""
+    return bool(base.vocabulary) and claim.vocabulary == base.vocabulary
+
+
+def _means_origin(named: str, base: BaseSpec, claim: BaseClaim) -> bool:
+    """Whether an adapter's config, or its publisher, says that it is for the model that was
+    quantized."""
+    names = (base.origin, base.name, *base.names)
+    return claim.same or any(
+        is_named(each, names) or is_copy(each, (base.origin,)) for each in meanings(named)
     )
+
+
+def _of_origin(named: str, base: BaseSpec) -> str:
+    trained = show(named) if named.strip() else show(base.origin)
+    return (
+        f"the adapter was trained on {trained}; {base.name} has the weights of "
+        f"{show(base.origin)} in fewer bits, so answers differ a little from those in training"
+    )
+
+
+def _refuse_other_weights(named: str, base: BaseSpec) -> None:
+    """Raise BaseModelMismatch if the operator requires the weights of the training."""
+    if base.require_same_weights:
+        raise BaseModelMismatch(
+            f"the adapter was trained on {show(named or base.origin)}, and this server serves "
+            f"{base.name}, which was quantized from it, with --require-same-weights: train the "
+            "adapter on this base, or serve the original",
+            metadata={
+                "base": base.name,
+                "adapter_base": named[:200],
+                "origin": base.origin,
+                "cause": "same_weights",
+            },
+        )
 
 
 def _check_name(
@@ -170,7 +222,15 @@ def _check_name(
         why = f"the adapter does not record its base model; its shapes fit {base.name}"
         return "none", (why,)
     names = (base.name, *base.names)
-    if is_named(named, names):
+    if base.origin and any(
+        is_named(each, (base.origin,))
+        or (is_copy(each, (base.origin,)) and says_its_origin(each))
+        for each in meanings(named)
+    ):
+        if not claim.vocabulary or not base.vocabulary or _same_tokens(base, claim):
+            _refuse_other_weights(named, base)
+            return "rule", (_of_origin(named, base),)
+    elif is_named(named, names):
         return "name", ()
     config = f"the adapter's config names {show(named)}"
     copy = is_copy(named, names)

@@ -158,6 +158,8 @@ class LocalServer:
     def _wait_until_ready(self, ports: Path, timeout_s: float) -> str:
         output: Any = self._process.stdout
         guard = threading.Timer(timeout_s, self._process.kill)
+        # A signal may come before `try`: the program that it ends must not wait for the timer.
+        guard.daemon = True
         guard.start()
         try:
             # The server writes the port file before its ready line.

@@ -277,12 +277,15 @@ class TokenLogprob:
 class Usage:
     """Tokens of one call, over all its samples. ``cached_prompt_tokens`` is the part of the
     prompt found in the prefix cache, ``reasoning_tokens`` the part of the completions that is
-    reasoning."""
+    reasoning, ``accepted_prediction_tokens`` the part that speculation had guessed;
+    ``rejected_prediction_tokens`` are guesses that were wrong."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int
     reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

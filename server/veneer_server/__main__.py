@@ -25,6 +25,7 @@ from veneer_server.config import OPTIONS, ConfigInvalid, load_config
 from veneer_server.operate.flags import Debug, Json, guarded, options, with_flags
 from veneer_server.operate.key_cli import key_cli
 from veneer_server.operate.model_cli import model_cli
+from veneer_server.operate.picker_cli import picker
 from veneer_server.operate.store_cli import store_cli
 from veneer_server.operate.tls_cli import tls_cli
 
@@ -111,6 +112,7 @@ cli.add_typer(model_cli, name="model")
 cli.add_typer(store_cli, name="store")
 cli.add_typer(key_cli, name="key")
 cli.add_typer(tls_cli, name="tls")
+cli.command("picker")(picker)
 
 _SWITCH_S: Final = 0.0005
 """How long the event loop waits for the GIL while another thread decodes a large request.

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final
 
 from veneer_registry.adapter import BaseSpec
-from veneer_registry.base_names import known_names
+from veneer_registry.base_names import declared_origin, known_names
 from veneer_registry.core import ReadAdapter
 from veneer_registry.lock import OwnerLock
 from veneer_registry.replacing import replace_file
@@ -24,6 +24,7 @@ from veneer_server.adapters.checkers import Checkers
 from veneer_server.config import ServerConfig
 from veneer_server.doors import Bound, Doors
 from veneer_server.engine_client.client import EngineClient, EngineEvent
+from veneer_server.engine_client.no_engine import NoEngine
 from veneer_server.logs import get_logger, quiet_in_background, show_status
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.source import BaseFolder, resolve_base
@@ -47,7 +48,13 @@ from veneer_server.serving.spare_time import Background
 from veneer_server.serving.tenants import CatalogTenants, Furnish, Tenants, TenantStores
 from veneer_server.serving.uploads import UploadPlaces
 from veneer_server.sizing.memory_plan import MemoryPlan
-from veneer_server.startup import engine_config, fingerprint_of, vocabulary_of
+from veneer_server.startup import (
+    engine_config,
+    fingerprint_of,
+    memory_for,
+    replan,
+    vocabulary_of,
+)
 from veneer_server.system.descriptors import share_descriptors
 from veneer_server.telemetry.adapter_log import AdapterLog
 from veneer_server.telemetry.metrics import Metrics
@@ -83,14 +90,15 @@ class App:
         self._config = config
         self._announce = announce
         self._role = role_of(config)
-        self._make_engine = self._role.engine(make_engine)
+        self._generates = config.role != "registry"
+        self._make_engine = make_engine if self._generates else NoEngine
         self._read = read
         self._lock = lock
         self._resources = AsyncExitStack()
         self._metrics = Metrics()
         self._display = Display(structured=config.log_format == "json")
         self._calls = Calls(lambda: self._display.doing)
-        self._health = Health(generates=config.role != "registry")
+        self._health = Health(generates=self._generates)
         self._pace = RefusalPace(config.refusal_rate)
         self._quotas = Quotas()
         self._stop_asked = asyncio.Event()
@@ -176,7 +184,7 @@ class App:
         if decoder.quantization is not None:
             # A folder stored in 4 bits is served as it is, regardless of the flag.
             config = self._config = replace(config, quantization=decoder.quantization)
-        memory = await asyncio.to_thread(self._role.memory, decoder, config)
+        memory = await asyncio.to_thread(memory_for, decoder, config)
         prompts = Prompts(base_folder.path, config.reasoning_parser)
         self._resources.push_async_callback(prompts.close)
         fingerprint, _ = await asyncio.gather(
@@ -191,6 +199,10 @@ class App:
             names=known_names(base_folder.name, base_folder.path, *config.allow_base_name),
             vocabulary=await asyncio.to_thread(vocabulary_of, base_folder.path),
             folder=str(base_folder.path),
+            origin=declared_origin(base_folder.name, base_folder.path)
+            if decoder.stored is not None and decoder.stored.is_codes
+            else "",
+            require_same_weights=config.require_same_weights,
         )
         engine = self._engine(base_folder, base, memory)
         if (read := self._read) is None:
@@ -230,7 +242,7 @@ class App:
             memory,
             engine=engine,
             metrics=self._metrics,
-            plan=partial(self._role.replan, decoder, config, memory),
+            plan=partial(replan, decoder, config, memory),
         )
         defaults = read_defaults(
             base_folder.path,
@@ -281,7 +293,7 @@ class App:
         self._resources.push_async_callback(engine.stop)
         info = await engine.start()
         self._metrics.engine_started(info.device, info.backend, self._why_slower(info))
-        if config.metrics_names == "vllm" and config.role != "registry":
+        if config.metrics_names == "vllm" and self._generates:
             series = VllmSeries(self._metrics, model=base.name, kv_tokens=info.kv_cache_tokens)
             self._metrics.registry.register(series)
         # Otherwise each collection would scan all imported objects and stall every stream.
@@ -368,7 +380,7 @@ class App:
 
     def _tell_ready(self) -> None:
         serving = self._calls.phase is Phase.SERVING
-        self._metrics.ready.set(serving and self._role.is_ready(self._engine_up))
+        self._metrics.ready.set(serving and (self._engine_up or not self._generates))
 
     def _why_slower(self, info: EngineInfo) -> str:
         """Why auto fell back from the native kernels to torch; "" if it did not."""
@@ -426,5 +438,6 @@ class App:
             f"kv={info.kv_cache_tokens} tokens  "
             f"adapters: device {config.device_adapter_bytes >> 20} MiB, "
             f"host {config.host_cache_bytes >> 20} MiB  memory: {memory.summary}"
+            f"{info.int8_gain and f'  note: {info.int8_gain}'}"
         )
         quiet_in_background()

@@ -10,11 +10,18 @@ from veneer_registry.fingerprint import TOKENIZER_FILE, fingerprint_base, vocabu
 
 from veneer_server.backends.parallel.sharding import Shard
 from veneer_server.config import ConfigInvalid, ServerConfig
+from veneer_server.engine_client.no_engine import refuse_engine_work
 from veneer_server.logs import get_logger
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.source import BaseFolder
 from veneer_server.progress import stage
-from veneer_server.sizing.memory_plan import BLOCK_TOKENS, MemoryPlan, plan_memory
+from veneer_server.sizing.memory_plan import (
+    BLOCK_TOKENS,
+    KvCachePlan,
+    MemoryPlan,
+    plan_memory,
+    plan_registry,
+)
 from veneer_server.system.gpu import choose_gpu
 from veneer_server.system.machine import find_gpu, host_memory
 from veneer_server.wire.messages import ConstraintLimits, EngineConfig
@@ -23,12 +30,16 @@ _log = get_logger(__name__)
 
 
 def memory_for(decoder: DecoderConfig, config: ServerConfig) -> MemoryPlan:
-    """Make the memory plan and log it. May take seconds (with a GPU).
+    """Make the memory plan and log it. May take seconds (with a GPU). Without an engine, a
+    server needs no memory for a base.
 
     Raises:
         MemoryTooSmall: the configuration does not fit this machine.
         UnsupportedModel: the base cannot be divided among this number of GPUs.
     """
+    if config.role == "registry":
+        pool = plan_registry(host_memory())
+        return MemoryPlan((pool,), KvCachePlan(0, 0, decoder.context_length, 1), 0)
     # A folder that is stored in 4 bits is served as it is.
     served = decoder.quantization or config.quantization
     if config.int8_activations and served not in ("nf4", "fp4"):
@@ -71,7 +82,10 @@ def replan(
 
     Raises:
         MemoryTooSmall: the budgets do not fit this machine.
+        FailedPrecondition: this server has no engine.
     """
+    if config.role == "registry":
+        refuse_engine_work()
     changed = replace(
         config,
         host_cache_bytes=host,
@@ -92,6 +106,8 @@ def fingerprint_of(folder: Path, config: ServerConfig) -> BaseFingerprint:
     quantization: dict[str, object] | None = None
     if config.quantization == "fp8":
         quantization = {"format": "e4m3", "scales": "powers of two, by output"}
+    elif config.quantization not in ("nf4", "fp4", "none"):
+        quantization = {"stored": config.quantization}
     elif config.quantization != "none":
         quantization = {
             "load_in_4bit": True,

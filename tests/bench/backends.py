@@ -53,10 +53,17 @@ class Peers:
         most: maximum tokens of a sequence.
         base: folder of a base, for the native backend alone; None: the bundled base, for both.
         int8: whether the native backend uses 8-bit activations.
+        instructions: the native backend's instruction set.
     """
 
     def __init__(
-        self, threads: int, most: int, base: Path | None = None, *, int8: bool = False
+        self,
+        threads: int,
+        most: int,
+        base: Path | None = None,
+        *,
+        int8: bool = False,
+        instructions: str = "auto",
     ) -> None:
         self._threads = threads
         names = ("torch", "native") if base is None else ("native",)
@@ -65,7 +72,14 @@ class Peers:
         self._tables: dict[str, list[AdapterTable]] = {}
         for name in names:
             blocks = max(ROWS) * blocks_for(most) + 1
-            chosen = load(name, threads, num_blocks=blocks, base=base, int8_activations=int8)
+            chosen = load(
+                name,
+                threads,
+                num_blocks=blocks,
+                base=base,
+                instructions=instructions,
+                int8_activations=int8,
+            )
             self._chosen[name] = chosen
             self._tables[name] = make_adapters(
                 chosen.weights.config, chosen.lora_dtype, paired=chosen.paired
@@ -128,9 +142,16 @@ def main() -> None:
     parser.add_argument("--llama-model", metavar="GGUF")
     parser.add_argument("--base", type=Path, metavar="FOLDER")
     parser.add_argument("--int8-activations", action="store_true", help="of native")
+    parser.add_argument("--native-instructions", default="auto", metavar="NAME")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    peers = Peers(given.threads, PROMPT + 2 * NEW, given.base, int8=given.int8_activations)
+    peers = Peers(
+        given.threads,
+        PROMPT + 2 * NEW,
+        given.base,
+        int8=given.int8_activations,
+        instructions=given.native_instructions,
+    )
     found: dict[str, dict[str, Any]] = {}
     for rows in ROWS:
         rounds, llama = [], []

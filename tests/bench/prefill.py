@@ -11,12 +11,8 @@ import argparse
 import time
 
 import torch
-from veneer_server.backends.native.compiler import (
-    NativeUnavailable,
-    check_instructions,
-    cpu_flags,
-)
-from veneer_server.backends.native.forms import AMX, AVX2, AVX512
+from veneer_server.backends.native.compiler import cpu_flags
+from veneer_server.backends.native.forms import forms_of
 
 from tests.bench.steps import blocks_for, load, make_adapters, make_step
 
@@ -31,10 +27,8 @@ def main() -> None:
     given = parser.parse_args()
     blocks, forms = blocks_for(TOKENS) + 1, []
     best: dict[tuple[str, bool], float] = {}
-    for form in (AMX, AVX512, AVX2):
-        try:
-            check_instructions(cpu_flags(), form.name)
-        except NativeUnavailable:
+    for form in forms_of("x86_64"):
+        if not form.needs <= cpu_flags():
             continue
         forms.append(load("native", given.threads, num_blocks=blocks, instructions=form.name))
     torch.set_num_threads(1)

@@ -6,8 +6,9 @@ POST to ``/_faults`` sets what goes wrong from then on (JSON)::
     methods   which requests, such as ["PUT"]; default all
     skip      how many of them are answered normally first
     count     how many fail; default all that follow
-    kind      "refuse" (503), "cut" (takes the bytes and closes), "lose" (does what is asked and
-              closes), "hang" (answers nothing for `seconds`), "rot" (flips a bit of each read)
+    kind      "refuse" (503), "error" (500), "cut" (takes the bytes and closes), "lose" (does
+              what is asked and closes), "hang" (closes after `seconds`), "slow" (answers after
+              `seconds`), "rot" (flips a bit of each read)
     key       only requests whose path contains this
 
 Multipart uploads are listed `UPLOADS_A_PAGE` at a time, as S3 lists them a thousand at a time;
@@ -75,7 +76,7 @@ class Faulty:
             start("200 OK", [])
             return [b""]
         kind = self._fault(environ)
-        if kind in ("refuse", "cut", "hang"):
+        if kind in ("refuse", "error", "cut", "hang"):
             size = int(environ.get("CONTENT_LENGTH") or 0)
             environ["wsgi.input"].read(size // 2 if kind == "cut" else size)
             if kind == "hang":
@@ -83,7 +84,12 @@ class Faulty:
             if kind == "refuse":
                 start("503 Slow Down", [("Content-Type", "application/xml")])
                 return [b"<Error><Code>SlowDown</Code></Error>"]
+            if kind == "error":
+                start("500 Internal Server Error", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>InternalError</Code></Error>"]
             raise _closed(environ)
+        if kind == "slow":
+            time.sleep(self._faults.get("seconds", 1.0))
         answer = self._app(environ, start)
         if kind == "lose":
             list(answer)

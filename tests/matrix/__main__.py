@@ -52,6 +52,9 @@ QUICK_LEFT_OUT = (
 
 NUMERIC = (
     "plain",
+    "avx512-vnni",
+    "avx512",
+    "avx2-vnni",
     "avx2",
     "torch",
     "torch-avx512",

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from veneer_server.backends.native.compiler import cpu_flags
+from veneer_server.backends.native.forms import AVX2_VNNI, AVX512, AVX512_VNNI, InstructionSet
+
 from tests.places import cache_dir
 
 _BASES: Final = cache_dir() / "bases"
@@ -152,6 +155,17 @@ def _may_read(user: int) -> tuple[str, ...]:
     return ("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search")
 
 
+def _instructions(form: InstructionSet) -> Prepare:
+    """Choose the instruction set of the kernels, if the CPU has it."""
+
+    def prepare(_: Path) -> Prepared:
+        if not form.needs <= cpu_flags():
+            raise Unavailable(f"this CPU has no {form.name}")
+        return Prepared(environment={"VENEER_NATIVE_INSTRUCTIONS": form.name})
+
+    return prepare
+
+
 _OTHER_CPU: Final = {"VENEER_NATIVE_INSTRUCTIONS": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 CONDITIONS: Final = (
@@ -160,6 +174,14 @@ CONDITIONS: Final = (
         "avx2",
         "native kernels, torch and oneDNN with AVX2 at most",
         _set(**_OTHER_CPU, ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
+    ),
+    *(
+        Condition(
+            form.name,
+            f"native kernels with {form.name} at most",
+            _instructions(form),
+        )
+        for form in (AVX512_VNNI, AVX512, AVX2_VNNI)
     ),
     Condition("torch", "torch serves", _set(VENEER_BACKEND="torch")),
     Condition(

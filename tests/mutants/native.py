@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-Form = Literal["best", "avx2", "software-matrix", "neon-bf16", "neon and not neon-bf16"]
+Form = Literal[
+    "best",
+    "avx512-vnni",
+    "avx512 and not vnni",
+    "avx2-vnni",
+    "avx2 and not vnni",
+    "software-matrix",
+    "neon-bf16",
+    "neon and not neon-bf16",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +83,12 @@ _SAMPLE: Final = "cpp/kernels/sample.h"
 _SIMD: Final = "cpp/kernels/simd.h"
 _BF16: Final = "cpp/kernels/bf16.h"
 _AVX2: Final = "cpp/isa/avx2.h"
+_AVX512: Final = "cpp/isa/avx512.h"
 _NEON: Final = "cpp/isa/neon.h"
 _REGISTERS: Final = "cpp/kernels/gemm/by_registers.h"
 _PLAIN: Final = "neon and not neon-bf16"
 _SOFTWARE: Final = "cpp/isa/software_matrix.h"
-_FEW: Final = "cpp/kernels/gemm/few_rows.h"
+_FEW: Final = "cpp/kernels/gemm/by_numbers.h"
 _FEW_QUERIES: Final = "cpp/kernels/attention/few_queries.h"
 _X86: Final = "cpp/isa/x86.h"
 _INT8: Final = "cpp/kernels/gemm/by_int8.h"
@@ -433,21 +443,99 @@ MUTANTS: Final = (
         _AVX2,
         "_mm256_fmadd_ps(odd(w.lo), odd(x.lo), lo)",
         "_mm256_fmadd_ps(odd(w.lo), even(x.lo), lo)",
-        form="avx2",
+        form="avx2 and not vnni",
     ),
     Mutant(
         "upper bytes of a code book's entries left out",
         _AVX2,
         "_mm256_slli_epi16(high, 8));",
         "_mm256_setzero_si256());",
-        form="avx2",
+        form="avx2 and not vnni",
     ),
     Mutant(
         "outputs 8 to 15 of a short row",
         _AVX2,
         "std::memcpy(padded, at, count * sizeof(bf16));",
         "std::memcpy(padded, at, (count < 8 ? count : 8) * sizeof(bf16));",
-        form="avx2",
+        form="avx2 and not vnni",
+    ),
+    # -------------------------------------------------------- floats instead of pairs
+    Mutant(
+        "a block decoded once: the halves of a tile exchanged",
+        _FEW,
+        "store(at[group][q][half][0], w.first);",
+        "store(at[group][q][1 - half][0], w.first);",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "a block decoded once: the last group left out",
+        _FEW,
+        "for (int group = 0; group < 8; ++group) {\n            auto each",
+        "for (int group = 0; group < 7; ++group) {\n            auto each",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "the last row of a panel's groups left out",
+        _FEW,
+        "end - begin, totals + begin * kTile);",
+        "end - begin - 1, totals + begin * kTile);",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "the second of a panel's rows begins at the first one's outputs",
+        _FEW,
+        "float* to = y + start * y_stride;",
+        "float* to = y;",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "second numbers multiplied by first inputs",
+        _AVX512,
+        "fma(seconds(w), seconds(x), fma(firsts(w), firsts(x), sums))",
+        "fma(seconds(w), firsts(x), fma(firsts(w), firsts(x), sums))",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "rounded down to bfloat16",
+        _AVX512,
+        "_mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))",
+        "_mm512_setzero_si512()",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "NaN rounded to a number",
+        _AVX512,
+        "_mm512_mask_mov_epi32(rounded, nan, quiet)",
+        "_mm512_mask_mov_epi32(rounded, 0, quiet)",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "upper weights of 8 bits widened as lower ones",
+        _AVX512,
+        "_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)",
+        "_mm512_inserti64x4(_mm512_castsi256_si512(low), low, 1)",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "inputs of negative weights keep their sign",
+        _AVX512,
+        "_mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w.v), zero, x)",
+        "_mm512_mask_sub_epi8(x, 0, zero, x)",
+        form="avx512 and not vnni",
+    ),
+    Mutant(
+        "no offset of bytes for VNNI",
+        _AVX512,
+        "#ifdef __AVX512VNNI__\nconstexpr int kInt8Offset = 128;",
+        "#ifdef __AVX512VNNI__\nconstexpr int kInt8Offset = 0;",
+        form="avx512-vnni",
+    ),
+    Mutant(
+        "no offset of bytes for VNNI of AVX2",
+        _AVX2,
+        "#ifdef __AVXVNNI__\nconstexpr int kInt8Offset = 128;",
+        "#ifdef __AVXVNNI__\nconstexpr int kInt8Offset = 0;",
+        form="avx2-vnni",
     ),
     # --------------------------------------------------------------------- sampling
     Mutant(
@@ -684,15 +772,15 @@ MUTANTS: Final = (
     Mutant(
         "few rows: the halves of a tile exchanged for the first inputs",
         _FEW,
-        "const Floats sum = add(add(zeros(), sums[r][half]), more[r][half]);",
-        "const Floats sum = add(more[r][half], add(zeros(), sums[r][1 - half]));",
+        "sums[r][half] = add(add(zeros(), sums[r][half]), more[r][half]);",
+        "sums[r][half] = add(more[r][half], add(zeros(), sums[r][1 - half]));",
         form="software-matrix",
     ),
     Mutant(
         "few rows: the second half of a block left out",
         _FEW,
-        "sum_groups(numbers, block, 4, inputs, more);",
-        "sum_groups(numbers, block, 0, inputs, more);",
+        "sum_groups(block, kSummedGroups, inputs, more);",
+        "sum_groups(block, 0, inputs, more);",
         form="software-matrix",
     ),
     # ------------------------------------------------------------------------- ARM

@@ -50,7 +50,7 @@ def build(out: Path, *, compiler: bool = True) -> Path:
     adapters = [name for name in names if name.endswith("adapter_model.safetensors")]
     if not wheel.name.endswith(f"-py3-none-{PLATFORM}_x86_64.whl"):
         raise Failed(f"{wheel.name} is not for {PLATFORM}: `pip wheel --verbose` says why")
-    if len(kernels) != 3 or len(adapters) != 3:
+    if len(kernels) != 6 or len(adapters) != 3:
         raise Failed(f"the wheel has the kernels {kernels} and the adapters {adapters}")
     return wheel
 

@@ -31,7 +31,7 @@ TWICE = {
 }
 """Why a name may stand for two classes."""
 NOUNS = {
-    "Follow": ("follower/", "replication/", "roles/", "replication_s", "simulation/registry"),
+    "Follow": ("follower/", "replication/", "roles", "replication_s", "simulation/registry"),
     "Place": ("engine_client/", "serving/uploads", "rpc/transport/"),
     "Transfer": ("serving/registering",),
     "Location": ("veneer_registry/opening", "veneer_registry/shared/", "serving/tenants"),

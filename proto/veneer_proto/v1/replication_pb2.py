@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!veneer_proto/v1/replication.proto\x12\tveneer.v1\x1a\x1egoogle/protobuf/duration.proto\"j\n\rFollowRequest\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.veneer.v1.FollowStartH\x00\x12%\n\x07\x61pplied\x18\x02 \x01(\x0b\x32\x12.veneer.v1.AppliedH\x00\x42\t\n\x07message\">\n\x0b\x46ollowStart\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\";\n\x07\x41pplied\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07leaving\x18\x02 \x01(\x08\x12\r\n\x05stamp\x18\x03 \x01(\x04\"\xc6\x01\n\x0e\x46ollowResponse\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.veneer.v1.FollowBeginH\x00\x12%\n\x05state\x18\x02 \x01(\x0b\x32\x14.veneer.v1.NameStateH\x00\x12.\n\x0csnapshot_end\x18\x03 \x01(\x0b\x32\x16.veneer.v1.SnapshotEndH\x00\x12)\n\theartbeat\x18\x04 \x01(\x0b\x32\x14.veneer.v1.HeartbeatH\x00\x42\t\n\x07message\"\x87\x02\n\x0b\x46ollowBegin\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05store\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61talog_change\x18\x03 \x01(\x04\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12,\n\theartbeat\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x0c\x61sks_callers\x18\t \x01(\x08H\x00\x88\x01\x01\x12\x0e\n\x06\x65\x63hoes\x18\n \x01(\x08\x42\x0f\n\r_asks_callers\"\x85\x02\n\tNameState\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08previous\x18\x04 \x01(\x04\x12\x0c\n\x04gone\x18\x05 \x01(\x08\x12\x0f\n\x07\x63urrent\x18\x06 \x01(\t\x12\x12\n\ngeneration\x18\x07 \x01(\x04\x12\x13\n\x06retain\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06shared\x18\t \x01(\x08\x12+\n\trevisions\x18\n \x03(\x0b\x32\x18.veneer.v1.RevisionState\x12&\n\x07\x61liases\x18\x0b \x03(\x0b\x32\x15.veneer.v1.AliasStateB\t\n\x07_retain\"\xde\x01\n\rRevisionState\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x10\n\x08manifest\x18\x04 \x01(\t\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x01\x12\x34\n\x06labels\x18\x06 \x03(\x0b\x32$.veneer.v1.RevisionState.LabelsEntry\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x01\n\nAliasState\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12)\n\x07targets\x18\x02 \x03(\x0b\x32\x18.veneer.v1.RevisionShare\x12*\n\x08previous\x18\x03 \x03(\x0b\x32\x18.veneer.v1.RevisionShare\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0f\n\x07updated\x18\x05 \x01(\x01\"1\n\rRevisionShare\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\r\"1\n\x0bSnapshotEnd\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\"=\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x04\"[\n\x13\x46\x65tchWeightsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"Q\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x04 \x01(\r\"h\n\x0fWaitForReplicas\x12)\n\x08replicas\x18\x01 \x01(\x0e\x32\x17.veneer.v1.WaitReplicas\x12*\n\x07\x61t_most\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"@\n\x0fReplicasReached\x12\x0c\n\x04live\x18\x01 \x01(\r\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\r\x12\x0e\n\x06\x65nough\x18\x03 \x01(\x08*v\n\x0cWaitReplicas\x12\x1d\n\x19WAIT_REPLICAS_UNSPECIFIED\x10\x00\x12\x16\n\x12WAIT_REPLICAS_NONE\x10\x01\x12\x18\n\x14WAIT_REPLICAS_QUORUM\x10\x02\x12\x15\n\x11WAIT_REPLICAS_ALL\x10\x03\x32\xaa\x01\n\x12ReplicationService\x12\x41\n\x06\x46ollow\x12\x18.veneer.v1.FollowRequest\x1a\x19.veneer.v1.FollowResponse(\x01\x30\x01\x12Q\n\x0c\x46\x65tchWeights\x12\x1e.veneer.v1.FetchWeightsRequest\x1a\x1f.veneer.v1.FetchWeightsResponse0\x01\x42z\n\rcom.veneer.v1B\x10ReplicationProtoP\x01Z\x12veneer/v1;veneerv1\xa2\x02\x03VXX\xaa\x02\tVeneer.V1\xca\x02\tVeneer\\V1\xe2\x02\x15Veneer\\V1\\GPBMetadata\xea\x02\nVeneer::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!veneer_proto/v1/replication.proto\x12\tveneer.v1\x1a\x1egoogle/protobuf/duration.proto\"j\n\rFollowRequest\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.veneer.v1.FollowStartH\x00\x12%\n\x07\x61pplied\x18\x02 \x01(\x0b\x32\x12.veneer.v1.AppliedH\x00\x42\t\n\x07message\"\xa7\x01\n\x0b\x46ollowStart\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x36\n\x08\x63\x61talogs\x18\x04 \x03(\x0b\x32$.veneer.v1.FollowStart.CatalogsEntry\x1a/\n\rCatalogsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\";\n\x07\x41pplied\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07leaving\x18\x02 \x01(\x08\x12\r\n\x05stamp\x18\x03 \x01(\x04\"\xc6\x01\n\x0e\x46ollowResponse\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.veneer.v1.FollowBeginH\x00\x12%\n\x05state\x18\x02 \x01(\x0b\x32\x14.veneer.v1.NameStateH\x00\x12.\n\x0csnapshot_end\x18\x03 \x01(\x0b\x32\x16.veneer.v1.SnapshotEndH\x00\x12)\n\theartbeat\x18\x04 \x01(\x0b\x32\x14.veneer.v1.HeartbeatH\x00\x42\t\n\x07message\"\xfd\x02\n\x0b\x46ollowBegin\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05store\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61talog_change\x18\x03 \x01(\x04\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12,\n\theartbeat\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x0c\x61sks_callers\x18\t \x01(\x08H\x00\x88\x01\x01\x12\x0e\n\x06\x65\x63hoes\x18\n \x01(\x08\x12\x36\n\x08\x63\x61talogs\x18\x0b \x03(\x0b\x32$.veneer.v1.FollowBegin.CatalogsEntry\x12\x0b\n\x03lag\x18\x0c \x01(\x01\x1a/\n\rCatalogsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\x0f\n\r_asks_callers\"\x96\x02\n\tNameState\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08previous\x18\x04 \x01(\x04\x12\x0c\n\x04gone\x18\x05 \x01(\x08\x12\x0f\n\x07\x63urrent\x18\x06 \x01(\t\x12\x12\n\ngeneration\x18\x07 \x01(\x04\x12\x13\n\x06retain\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06shared\x18\t \x01(\x08\x12+\n\trevisions\x18\n \x03(\x0b\x32\x18.veneer.v1.RevisionState\x12&\n\x07\x61liases\x18\x0b \x03(\x0b\x32\x15.veneer.v1.AliasState\x12\x0f\n\x07\x63\x61talog\x18\x0c \x01(\x04\x42\t\n\x07_retain\"\xde\x01\n\rRevisionState\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x10\n\x08manifest\x18\x04 \x01(\t\x12\x0f\n\x07\x63reated\x18\x05 \x01(\x01\x12\x34\n\x06labels\x18\x06 \x03(\x0b\x32$.veneer.v1.RevisionState.LabelsEntry\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x97\x01\n\nAliasState\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12)\n\x07targets\x18\x02 \x03(\x0b\x32\x18.veneer.v1.RevisionShare\x12*\n\x08previous\x18\x03 \x03(\x0b\x32\x18.veneer.v1.RevisionShare\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0f\n\x07updated\x18\x05 \x01(\x01\"1\n\rRevisionShare\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\r\"1\n\x0bSnapshotEnd\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\"J\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x0c\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x04\x12\x0b\n\x03lag\x18\x04 \x01(\x01\"[\n\x13\x46\x65tchWeightsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"Q\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x04 \x01(\r\"h\n\x0fWaitForReplicas\x12)\n\x08replicas\x18\x01 \x01(\x0e\x32\x17.veneer.v1.WaitReplicas\x12*\n\x07\x61t_most\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"@\n\x0fReplicasReached\x12\x0c\n\x04live\x18\x01 \x01(\r\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\r\x12\x0e\n\x06\x65nough\x18\x03 \x01(\x08*v\n\x0cWaitReplicas\x12\x1d\n\x19WAIT_REPLICAS_UNSPECIFIED\x10\x00\x12\x16\n\x12WAIT_REPLICAS_NONE\x10\x01\x12\x18\n\x14WAIT_REPLICAS_QUORUM\x10\x02\x12\x15\n\x11WAIT_REPLICAS_ALL\x10\x03\x32\xaa\x01\n\x12ReplicationService\x12\x41\n\x06\x46ollow\x12\x18.veneer.v1.FollowRequest\x1a\x19.veneer.v1.FollowResponse(\x01\x30\x01\x12Q\n\x0c\x46\x65tchWeights\x12\x1e.veneer.v1.FetchWeightsRequest\x1a\x1f.veneer.v1.FetchWeightsResponse0\x01\x42z\n\rcom.veneer.v1B\x10ReplicationProtoP\x01Z\x12veneer/v1;veneerv1\xa2\x02\x03VXX\xaa\x02\tVeneer.V1\xca\x02\tVeneer\\V1\xe2\x02\x15Veneer\\V1\\GPBMetadata\xea\x02\nVeneer::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,42 +33,50 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'veneer_proto.v1.replication
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\rcom.veneer.v1B\020ReplicationProtoP\001Z\022veneer/v1;veneerv1\242\002\003VXX\252\002\tVeneer.V1\312\002\tVeneer\\V1\342\002\025Veneer\\V1\\GPBMetadata\352\002\nVeneer::V1'
+  _globals['_FOLLOWSTART_CATALOGSENTRY']._loaded_options = None
+  _globals['_FOLLOWSTART_CATALOGSENTRY']._serialized_options = b'8\001'
+  _globals['_FOLLOWBEGIN_CATALOGSENTRY']._loaded_options = None
+  _globals['_FOLLOWBEGIN_CATALOGSENTRY']._serialized_options = b'8\001'
   _globals['_REVISIONSTATE_LABELSENTRY']._loaded_options = None
   _globals['_REVISIONSTATE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_WAITREPLICAS']._serialized_start=1936
-  _globals['_WAITREPLICAS']._serialized_end=2054
+  _globals['_WAITREPLICAS']._serialized_start=2190
+  _globals['_WAITREPLICAS']._serialized_end=2308
   _globals['_FOLLOWREQUEST']._serialized_start=80
   _globals['_FOLLOWREQUEST']._serialized_end=186
-  _globals['_FOLLOWSTART']._serialized_start=188
-  _globals['_FOLLOWSTART']._serialized_end=250
-  _globals['_APPLIED']._serialized_start=252
-  _globals['_APPLIED']._serialized_end=311
-  _globals['_FOLLOWRESPONSE']._serialized_start=314
-  _globals['_FOLLOWRESPONSE']._serialized_end=512
-  _globals['_FOLLOWBEGIN']._serialized_start=515
-  _globals['_FOLLOWBEGIN']._serialized_end=778
-  _globals['_NAMESTATE']._serialized_start=781
-  _globals['_NAMESTATE']._serialized_end=1042
-  _globals['_REVISIONSTATE']._serialized_start=1045
-  _globals['_REVISIONSTATE']._serialized_end=1267
-  _globals['_REVISIONSTATE_LABELSENTRY']._serialized_start=1222
-  _globals['_REVISIONSTATE_LABELSENTRY']._serialized_end=1267
-  _globals['_ALIASSTATE']._serialized_start=1270
-  _globals['_ALIASSTATE']._serialized_end=1421
-  _globals['_REVISIONSHARE']._serialized_start=1423
-  _globals['_REVISIONSHARE']._serialized_end=1472
-  _globals['_SNAPSHOTEND']._serialized_start=1474
-  _globals['_SNAPSHOTEND']._serialized_end=1523
-  _globals['_HEARTBEAT']._serialized_start=1525
-  _globals['_HEARTBEAT']._serialized_end=1586
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=1588
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=1679
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=1681
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1762
-  _globals['_WAITFORREPLICAS']._serialized_start=1764
-  _globals['_WAITFORREPLICAS']._serialized_end=1868
-  _globals['_REPLICASREACHED']._serialized_start=1870
-  _globals['_REPLICASREACHED']._serialized_end=1934
-  _globals['_REPLICATIONSERVICE']._serialized_start=2057
-  _globals['_REPLICATIONSERVICE']._serialized_end=2227
+  _globals['_FOLLOWSTART']._serialized_start=189
+  _globals['_FOLLOWSTART']._serialized_end=356
+  _globals['_FOLLOWSTART_CATALOGSENTRY']._serialized_start=309
+  _globals['_FOLLOWSTART_CATALOGSENTRY']._serialized_end=356
+  _globals['_APPLIED']._serialized_start=358
+  _globals['_APPLIED']._serialized_end=417
+  _globals['_FOLLOWRESPONSE']._serialized_start=420
+  _globals['_FOLLOWRESPONSE']._serialized_end=618
+  _globals['_FOLLOWBEGIN']._serialized_start=621
+  _globals['_FOLLOWBEGIN']._serialized_end=1002
+  _globals['_FOLLOWBEGIN_CATALOGSENTRY']._serialized_start=309
+  _globals['_FOLLOWBEGIN_CATALOGSENTRY']._serialized_end=356
+  _globals['_NAMESTATE']._serialized_start=1005
+  _globals['_NAMESTATE']._serialized_end=1283
+  _globals['_REVISIONSTATE']._serialized_start=1286
+  _globals['_REVISIONSTATE']._serialized_end=1508
+  _globals['_REVISIONSTATE_LABELSENTRY']._serialized_start=1463
+  _globals['_REVISIONSTATE_LABELSENTRY']._serialized_end=1508
+  _globals['_ALIASSTATE']._serialized_start=1511
+  _globals['_ALIASSTATE']._serialized_end=1662
+  _globals['_REVISIONSHARE']._serialized_start=1664
+  _globals['_REVISIONSHARE']._serialized_end=1713
+  _globals['_SNAPSHOTEND']._serialized_start=1715
+  _globals['_SNAPSHOTEND']._serialized_end=1764
+  _globals['_HEARTBEAT']._serialized_start=1766
+  _globals['_HEARTBEAT']._serialized_end=1840
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=1842
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=1933
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=1935
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=2016
+  _globals['_WAITFORREPLICAS']._serialized_start=2018
+  _globals['_WAITFORREPLICAS']._serialized_end=2122
+  _globals['_REPLICASREACHED']._serialized_start=2124
+  _globals['_REPLICASREACHED']._serialized_end=2188
+  _globals['_REPLICATIONSERVICE']._serialized_start=2311
+  _globals['_REPLICATIONSERVICE']._serialized_end=2481
 # @@protoc_insertion_point(module_scope)

@@ -30,14 +30,23 @@ class FollowRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[FollowStart, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ...) -> None: ...
 
 class FollowStart(_message.Message):
-    __slots__ = ("follower", "run", "sequence")
+    __slots__ = ("follower", "run", "sequence", "catalogs")
+    class CatalogsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     FOLLOWER_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CATALOGS_FIELD_NUMBER: _ClassVar[int]
     follower: str
     run: str
     sequence: int
-    def __init__(self, follower: _Optional[str] = ..., run: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+    catalogs: _containers.ScalarMap[str, int]
+    def __init__(self, follower: _Optional[str] = ..., run: _Optional[str] = ..., sequence: _Optional[int] = ..., catalogs: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Applied(_message.Message):
     __slots__ = ("sequence", "leaving", "stamp")
@@ -62,7 +71,14 @@ class FollowResponse(_message.Message):
     def __init__(self, begin: _Optional[_Union[FollowBegin, _Mapping]] = ..., state: _Optional[_Union[NameState, _Mapping]] = ..., snapshot_end: _Optional[_Union[SnapshotEnd, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class FollowBegin(_message.Message):
-    __slots__ = ("run", "store", "catalog_change", "snapshot", "sequence", "base", "heartbeat", "lease", "asks_callers", "echoes")
+    __slots__ = ("run", "store", "catalog_change", "snapshot", "sequence", "base", "heartbeat", "lease", "asks_callers", "echoes", "catalogs", "lag")
+    class CatalogsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     RUN_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     CATALOG_CHANGE_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +89,8 @@ class FollowBegin(_message.Message):
     LEASE_FIELD_NUMBER: _ClassVar[int]
     ASKS_CALLERS_FIELD_NUMBER: _ClassVar[int]
     ECHOES_FIELD_NUMBER: _ClassVar[int]
+    CATALOGS_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
     run: str
     store: str
     catalog_change: int
@@ -83,10 +101,12 @@ class FollowBegin(_message.Message):
     lease: _duration_pb2.Duration
     asks_callers: bool
     echoes: bool
-    def __init__(self, run: _Optional[str] = ..., store: _Optional[str] = ..., catalog_change: _Optional[int] = ..., snapshot: _Optional[bool] = ..., sequence: _Optional[int] = ..., base: _Optional[str] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., asks_callers: _Optional[bool] = ..., echoes: _Optional[bool] = ...) -> None: ...
+    catalogs: _containers.ScalarMap[str, int]
+    lag: float
+    def __init__(self, run: _Optional[str] = ..., store: _Optional[str] = ..., catalog_change: _Optional[int] = ..., snapshot: _Optional[bool] = ..., sequence: _Optional[int] = ..., base: _Optional[str] = ..., heartbeat: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., asks_callers: _Optional[bool] = ..., echoes: _Optional[bool] = ..., catalogs: _Optional[_Mapping[str, int]] = ..., lag: _Optional[float] = ...) -> None: ...
 
 class NameState(_message.Message):
-    __slots__ = ("tenant", "name", "sequence", "previous", "gone", "current", "generation", "retain", "shared", "revisions", "aliases")
+    __slots__ = ("tenant", "name", "sequence", "previous", "gone", "current", "generation", "retain", "shared", "revisions", "aliases", "catalog")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +118,7 @@ class NameState(_message.Message):
     SHARED_FIELD_NUMBER: _ClassVar[int]
     REVISIONS_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
+    CATALOG_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     name: str
     sequence: int
@@ -109,7 +130,8 @@ class NameState(_message.Message):
     shared: bool
     revisions: _containers.RepeatedCompositeFieldContainer[RevisionState]
     aliases: _containers.RepeatedCompositeFieldContainer[AliasState]
-    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ..., sequence: _Optional[int] = ..., previous: _Optional[int] = ..., gone: _Optional[bool] = ..., current: _Optional[str] = ..., generation: _Optional[int] = ..., retain: _Optional[int] = ..., shared: _Optional[bool] = ..., revisions: _Optional[_Iterable[_Union[RevisionState, _Mapping]]] = ..., aliases: _Optional[_Iterable[_Union[AliasState, _Mapping]]] = ...) -> None: ...
+    catalog: int
+    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ..., sequence: _Optional[int] = ..., previous: _Optional[int] = ..., gone: _Optional[bool] = ..., current: _Optional[str] = ..., generation: _Optional[int] = ..., retain: _Optional[int] = ..., shared: _Optional[bool] = ..., revisions: _Optional[_Iterable[_Union[RevisionState, _Mapping]]] = ..., aliases: _Optional[_Iterable[_Union[AliasState, _Mapping]]] = ..., catalog: _Optional[int] = ...) -> None: ...
 
 class RevisionState(_message.Message):
     __slots__ = ("revision", "weights_digest", "base", "manifest", "created", "labels", "bytes")
@@ -167,14 +189,16 @@ class SnapshotEnd(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., checksum: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sequence", "checksum", "echo")
+    __slots__ = ("sequence", "checksum", "echo", "lag")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     checksum: bytes
     echo: int
-    def __init__(self, sequence: _Optional[int] = ..., checksum: _Optional[bytes] = ..., echo: _Optional[int] = ...) -> None: ...
+    lag: float
+    def __init__(self, sequence: _Optional[int] = ..., checksum: _Optional[bytes] = ..., echo: _Optional[int] = ..., lag: _Optional[float] = ...) -> None: ...
 
 class FetchWeightsRequest(_message.Message):
     __slots__ = ("tenant", "weights_digest", "file", "offset")

@@ -232,14 +232,16 @@ _SHORT: Final = {
 """Aliases of choices."""
 
 
-def one_of(*choices: str) -> Kind[Any]:
+def one_of(*choices: str, metavar: str = "") -> Kind[Any]:
+    """One of some words; the help shows ``metavar`` where they do not fit in a line."""
+
     def parse(value: Any) -> str:
         found = _SHORT.get(value, value) if isinstance(value, str) else value
         if found not in choices:
             raise ValueError(f"choose one of {', '.join(choices)}")
         return cast(str, found)
 
-    return Kind("|".join(choices), parse)
+    return Kind(metavar or "|".join(choices), parse)
 
 
 def _address(value: Any) -> Address:

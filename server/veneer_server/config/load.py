@@ -203,6 +203,12 @@ def _check_backend(config: ServerConfig) -> None:
             f"native computes in bfloat16, not in {config.dtype}: leave --dtype out, or give "
             "--backend torch",
         )
+    if config.speculation == "on" and not native:
+        refuse(
+            "speculation",
+            f"on needs --backend native or auto, not {backend}: there, guesses would change "
+            "answers. Give --speculation auto or off",
+        )
     if config.int8_activations:
         if not native:
             refuse("int8_activations", f"needs --backend native or auto, not {backend}")

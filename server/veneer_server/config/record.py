@@ -156,9 +156,12 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", kinds.one_of("auto", "cpu", "cuda"),
         "Where the model runs; auto uses CUDA if its kernels pass a self-test.")
-    quantization: Literal["nf4", "fp4", "fp8", "none"] = setting(
+    quantization: Literal[
+        "nf4", "fp4", "fp8", "none", "gguf", "gptq", "awq", "int-packed", "mxfp4"
+    ] = setting(
         "nf4", kinds.one_of("nf4", "fp4", "fp8", "none"),
-        "Quantization of the base model's linear layers; fp8 needs --backend cuda.")
+        "Quantization of the base model's linear layers; fp8 needs --backend cuda. A base that "
+        "is stored quantized (GGUF, GPTQ, AWQ ...) is served as it is.")
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", kinds.one_of("bfloat16", "float16", "float32"),
         "Data type of activations, KV cache and adapters.")
@@ -167,10 +170,14 @@ class ServerConfig:
         "Backend that executes steps; auto uses the native CPU kernels where they can run. "
         "cuda needs --device cuda and has not been run on a GPU yet (docs/gpu.md).")
     native_instructions: Literal[
-        "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
+        "auto", "amx-bf16", "avx512-bf16", "avx512-vnni", "avx512", "avx2-vnni", "avx2",
+        "neon-bf16", "neon"
     ] = setting(
-        "auto", kinds.one_of("auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"),
-        "Instruction set of the native kernels; auto picks the best one that the CPU supports.")
+        "auto", kinds.one_of("auto", "amx-bf16", "avx512-bf16", "avx512-vnni", "avx512",
+        "avx2-vnni", "avx2", "neon-bf16", "neon", metavar="NAME"),
+        "Instruction set of the native kernels; auto picks the best one that the CPU supports. "
+        "On x86 amx-bf16, avx512-bf16, avx512-vnni, avx512, avx2-vnni or avx2; on ARM "
+        "neon-bf16 or neon (docs/cpus.md).")
     int8_activations: bool = setting(
         "false", kinds.SWITCH,
         "Quantize the activations of the base's matrix multiplies to 8 bits: faster with few "
@@ -205,6 +212,12 @@ class ServerConfig:
         "false", kinds.SWITCH,
         "Make tokens and log-probabilities bit-identical whatever else is in the batch; with "
         "the torch backend, this is much slower and turns the prefix cache off.")
+    speculation: Literal["off", "on", "auto"] = setting(
+        "off", kinds.one_of("off", "on", "auto"),
+        "Guess the next tokens of an answer from its prompt, from earlier answers of the same "
+        "tenant and adapter, and from the request's prediction, and check several in one step: "
+        "faster where answers repeat text, and every answer stays the same to the bit. Needs "
+        "the native backend; auto: on where that is used.")
     max_queue: int = setting(
         "256", kinds.whole(0, 1 << 20),
         "Maximum number of queued sequences (a request may have several); more are refused, "
@@ -278,6 +291,10 @@ class ServerConfig:
         "", kinds.NAMES,
         "Also accept adapters whose config names NAME as their base; repeatable.",
         repeated=True)
+    require_same_weights: bool = setting(
+        "false", kinds.SWITCH,
+        "If the base is stored quantized (GGUF, GPTQ, AWQ ...), refuse adapters that were "
+        "trained on the model that it was quantized from; otherwise they get a warning.")
     lora_root: tuple[Path, ...] = setting(
         "", kinds.FOLDERS,
         "Let publishers load adapters from folders below DIR of this machine, by file:// or "

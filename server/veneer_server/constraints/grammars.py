@@ -222,6 +222,15 @@ class Grammars:
         mask = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
         return mask[: self._vocab_size].view(np.bool_)
 
+    def ready(self, sequence: int, until: float) -> bool:
+        """Whether `allowed` would return a mask; waits for it until ``until``. Unlike
+        `allowed`, this does not hold the sequence."""
+        with self._news:
+            followed = self._followed[sequence]
+            self._await([followed], lambda f: f.ready, until)
+            failed = followed.failure is not None or followed.stopped
+            return followed.ready and not failed
+
     def advance(self, chosen: dict[int, int], until: float) -> dict[int, ConstraintState]:
         """Give each sequence the token that was chosen for it.
 

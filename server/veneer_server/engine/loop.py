@@ -383,18 +383,22 @@ class StepLoop:
         self._stepped = self._clock()
         seconds = self._stepped - began
         self._pace.observe(plan.rows, seconds)
+        self._scheduler.took(plan, seconds)
+        drafted, accepted = self._scheduler.take_drafts()
         extra_prefill, extra_decode = plan.extra_work
         self._outbox.add(
             StepDone(
                 step=self.steps,
                 seconds=seconds,
                 prefill_tokens=plan.prefill_tokens,
-                decode_rows=plan.rows - plan.prefill_tokens,
+                decode_rows=plan.rows - plan.prefill_tokens - plan.draft_tokens,
                 adapters=len(plan.adapters),
                 prefix_asked=lookups.asked,
                 prefix_found=lookups.found,
                 extra_prefill=extra_prefill,
                 extra_decode=extra_decode,
+                drafted=drafted,
+                accepted=accepted,
             )
         )
         self._outbox.flush()

@@ -168,4 +168,6 @@ def output_of(update: SequenceUpdate, step: int) -> FromEngine:
         cached_tokens=sequence.cached_tokens if update.first else 0,
         step=step if update.first else 0,
         mixed=update.first and sequence.mixed,
+        accepted=int(update.accepted),
+        rejected=update.rejected,
     )

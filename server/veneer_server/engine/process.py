@@ -29,7 +29,7 @@ from veneer_server.adapters.memory import LoraMemory
 from veneer_server.adapters.references import References, ServedBase
 from veneer_server.constraints.grammars import Grammars
 from veneer_server.engine.execution.ahead import AheadModelRunner
-from veneer_server.engine.execution.backend_choice import Chosen, choose
+from veneer_server.engine.execution.backend_choice import BackendUnavailable, Chosen, choose
 from veneer_server.engine.execution.exact import ExactRunner
 from veneer_server.engine.execution.model_runner import ModelRunner
 from veneer_server.engine.execution.step_cost import measure
@@ -37,6 +37,7 @@ from veneer_server.engine.loop import StepLoop
 from veneer_server.engine.residency.residency import Residency
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
+from veneer_server.engine.scheduling.speculation import Speculation
 from veneer_server.engine.scheduling.step_limits import SCORED_WORK, SchedulerLimits
 from veneer_server.models.config import read_decoder_config
 from veneer_server.models.loader import torch_dtype
@@ -119,6 +120,7 @@ def build_engine(
     )
     # A backend whose results do not depend on the batch is already exact.
     alone = config.exact and not chosen.invariant
+    speculates = may_speculate(config, chosen)
     with stage("measuring a step"):
         cost = measure(
             chosen.backend,
@@ -126,6 +128,7 @@ def build_engine(
             block_size=config.block_size,
             blocks=num_blocks,
             threads=chosen.placement.threads if device.type == "cpu" else 0,
+            sampled=speculates,
         )
     limits = SchedulerLimits(
         max_batch_tokens=max(config.max_batch_tokens, config.max_running),
@@ -151,7 +154,9 @@ def build_engine(
     )
     longest_step = limits.longest_step_s(blocks.total * config.block_size)
     _log_cost(config, limits, longest_step)
-    scheduler = Scheduler(limits, blocks, residency, frozenset(model.eos_token_ids))
+    eos = frozenset(model.eos_token_ids)
+    speculation = Speculation(cost.sampled_s, eos) if speculates else None
+    scheduler = Scheduler(limits, blocks, residency, eos, speculation)
     followed = grammars if grammars.usable() else None
     runner = _runner(chosen, memory, config, followed, model.smallest_window)
     if alone:
@@ -160,6 +165,7 @@ def build_engine(
         device=_describe(device),
         backend=chosen.name,
         why_not_native=chosen.why_not_native,
+        int8_gain=chosen.int8_gain,
         threads=chosen.placement.threads,
         why_threads=chosen.placement.why,
         architecture=model.architecture,
@@ -177,8 +183,20 @@ def build_engine(
         step_seconds=cost.step_s,
         token_seconds=cost.token_s,
         longest_step_seconds=longest_step,
+        speculation=speculation is not None,
     )
     return info, scheduler, residency, runner, memory, followed
+
+
+def may_speculate(config: EngineConfig, chosen: Chosen) -> bool:
+    """Whether to draft tokens. Raises BackendUnavailable if that is required and the backend's
+    rows depend on the rows beside them."""
+    if config.speculation == "on" and not chosen.invariant:
+        raise BackendUnavailable(
+            "--speculation on needs the native backend: with others, the rows of a draft would "
+            f"change the answer. Here it is {chosen.name}; use --speculation auto or off"
+        )
+    return config.speculation != "off" and chosen.invariant
 
 
 def _runner(

@@ -92,9 +92,14 @@ def _joined(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
     first.tokens.extend(second.tokens)
     _extend(first.logprobs, second.logprobs)
     _extend(first.top_logprobs, second.top_logprobs)
-    if second.finish is None:
+    if second.finish is None and not (second.accepted or second.rejected):
         return first
-    return msgspec.structs.replace(first, finish=second.finish)
+    return msgspec.structs.replace(
+        first,
+        finish=second.finish,
+        accepted=first.accepted + second.accepted,
+        rejected=first.rejected + second.rejected,
+    )
 
 
 def _extend(

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from veneer_registry.adapter import Projection
-from veneer_registry.errors import VeneerError
+from veneer_registry.errors import InvalidField
+from veneer_registry.fingerprint import weight_files
+
+from veneer_server.models.stored_format import StoredFormat, StoredWeights, read_stored
+from veneer_server.models.stored_format import UnsupportedModel as UnsupportedModel
 
 SUPPORTED: Final = {
     "llama": "LlamaForCausalLM",
@@ -24,7 +28,8 @@ SUPPORTED: Final = {
 }
 """model_type -> architecture that `veneer_server.backends.torch.decoder` runs."""
 
-Quantization = Literal["nf4", "fp4", "fp8", "none"]
+Quantization = StoredFormat | Literal["fp8", "none"]
+"""How the base's linears are served: quantized at load, or as they are stored."""
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
@@ -42,13 +47,8 @@ _NEEDED: Final[Mapping[RopeKind, Mapping[str, float]]] = {
 _OPTIONAL: Final = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-class UnsupportedModel(VeneerError):
-    """The base model is not one that the decoder can run."""
-
-    code = "FAILED_PRECONDITION"
-    reason = "UNSUPPORTED_MODEL"
-
-
+_OLDER: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which older versions of AutoGPTQ and AutoAWQ store ``quantization_config``."""
 _POSITIONS: Final = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 """model_type -> ``max_position_embeddings`` of a config without it, as in transformers."""
 
@@ -66,7 +66,10 @@ class DecoderConfig:
         windows: for each layer, the sliding window in tokens, or None for full.
         qk_norm: whether each query and key head has an RMSNorm (Qwen3).
         tied_head: whether the head's weight is the embedding.
-        quantization: quantization of a folder that is stored in 4 bits, otherwise None.
+        quantization: format of a folder that is stored quantized, otherwise None.
+        stored: the same with its settings.
+        stored_bytes: bytes of the weight files of such a folder, if its format is none of
+            bitsandbytes'; otherwise 0.
     """
 
     architecture: str
@@ -83,8 +86,10 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     qk_norm: bool
     tied_head: bool
-    quantization: Quantization | None
+    quantization: StoredFormat | None
     rope: RopeKind = "default"
+    stored: StoredWeights | None = None
+    stored_bytes: int = 0
 
     @property
     def window(self) -> int | None:
@@ -101,17 +106,28 @@ class DecoderConfig:
     @property
     def shapes(self) -> Mapping[Projection, tuple[int, int]]:
         """Projection -> (out_features, in_features)."""
-        hidden, inner = self.hidden_size, self.intermediate_size
         query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (query, hidden),
-            "k_proj": (kv, hidden),
-            "v_proj": (kv, hidden),
-            "o_proj": (hidden, query),
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-        }
+        return projection_shapes(self.hidden_size, self.intermediate_size, query, kv)
+
+
+def projection_shapes(
+    hidden: int, inner: int, query: int, kv: int
+) -> Mapping[Projection, tuple[int, int]]:
+    """Return each projection's (out_features, in_features).
+
+    Args:
+        inner: width between gate, up and down.
+        query, kv: widths of all heads together.
+    """
+    return {
+        "q_proj": (query, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -133,23 +149,6 @@ def _token_ids(raw: Any) -> tuple[int, ...]:
     if raw is None:
         return ()
     return tuple(int(token) for token in raw) if isinstance(raw, list) else (int(raw),)
-
-
-def _stored_quantization(raw: Mapping[str, Any], folder: Path) -> Quantization | None:
-    settings = raw.get("quantization_config")
-    if settings is None:
-        return None
-    kind = settings.get("bnb_4bit_quant_type", "fp4")
-    if settings.get("quant_method") == "bitsandbytes" and settings.get("load_in_4bit"):
-        if kind == "nf4":
-            return "nf4"
-        if kind == "fp4":
-            return "fp4"
-    raise UnsupportedModel(
-        f"{folder.name} is quantized by {settings.get('quant_method')!r}; supported are "
-        "bitsandbytes 4-bit folders and unquantized ones",
-        metadata={"key": "quantization_config"},
-    )
 
 
 def _windows(raw: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
@@ -271,6 +270,9 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
             "or 'smollm2-135m'",
             metadata={"file": "config.json"},
         )
+    for name, method in _OLDER.items():
+        if raw.get("quantization_config") is None and (own := _read_json(folder / name)):
+            raw["quantization_config"] = {"quant_method": method} | own
     model_type = str(raw.get("model_type"))
     if model_type not in SUPPORTED:
         raise UnsupportedModel(
@@ -287,6 +289,7 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         )
     layers = int(raw["num_hidden_layers"])
     heads = int(raw["num_attention_heads"])
+    stored = read_stored(raw)
     generation = _read_json(folder / "generation_config.json")
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
     return DecoderConfig(
@@ -304,6 +307,16 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         windows=_windows(raw, model_type, layers),
         qk_norm=model_type == "qwen3",
         tied_head=bool(raw.get("tie_word_embeddings", False)),
-        quantization=_stored_quantization(raw, folder),
+        quantization=None if stored is None else stored.format,
         rope=rope,
+        stored=stored,
+        stored_bytes=_weight_bytes(folder) if stored is not None and stored.is_codes else 0,
     )
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Return the size of the weight files; 0 if they are missing, which loading will report."""
+    try:
+        return sum(path.stat().st_size for path in weight_files(folder))
+    except (InvalidField, OSError):
+        return 0

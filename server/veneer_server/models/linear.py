@@ -7,12 +7,22 @@ and v (or gate and up) gives exactly the numbers of separate GEMMs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 
-from veneer_server.models.packed import PackedFourBit, expanding_pays, row_slices, rows_of
+from veneer_server.models.packed import (
+    PackedFourBit,
+    expanding_pays,
+    row_slices,
+    rows_of,
+    torch_threads,
+)
+from veneer_server.models.quantized import QuantizedMatrix
+
+_MANY_ROWS: Final = 16
+"""Rows from which `QuantizedLinear` multiplies with all threads."""
 
 Expanded = tuple[torch.Tensor, torch.Tensor | None]
 """Rows of a weight, [rows, in_features], and their biases, [rows]; both float32."""
@@ -96,6 +106,45 @@ class FourBit:
                 state.dtype,
             )
             yield numbers.float(), rows_of(self._module.bias, rows)
+
+
+class QuantizedLinear:
+    """A linear whose weight stays in codes, see `models.quantized`. Each call expands a slice
+    of rows at a time, and multiplies in float32, so that no number is rounded again.
+
+    Attributes:
+        weight: [out_features, in_features].
+        bias: [out_features] float32.
+    """
+
+    def __init__(self, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.order is not None:
+            x = x.index_select(1, self.weight.order)
+        y = x.new_empty(len(x), self.weight.rows)
+        # One thread to expand, and to multiply a few rows: the operators are so short that most
+        # of the time would go into waking the thread pool.
+        threads = torch.get_num_threads() if len(x) >= _MANY_ROWS else 1
+        for rows in self.weight.slices():
+            with torch_threads(1):
+                expanded = self.weight[rows].stored()
+            with torch_threads(threads):
+                torch.mm(x, expanded.t(), out=y[:, rows])
+        return y if self.bias is None else y.add_(self.bias)
+
+    def expanded(self) -> Iterator[Expanded]:
+        for rows in row_slices(*self.weight.shape):
+            yield self.weight[rows].dequantize(), rows_of(self.bias, rows)
 
 
 class SideBySide:

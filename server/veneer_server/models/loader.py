@@ -19,16 +19,26 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from veneer_registry.adapter import Projection
 from veneer_registry.errors import VeneerError
 from veneer_registry.fingerprint import weights_fingerprint
 
+from veneer_server.models.checkpoint.reader import Checkpoint
 from veneer_server.models.config import (
     DecoderConfig,
     Quantization,
     UnsupportedModel,
     read_decoder_config,
 )
-from veneer_server.models.linear import ServedLinear, fuse
+from veneer_server.models.linear import (
+    Dense,
+    Expanded,
+    QuantizedLinear,
+    ServedLinear,
+    SideBySide,
+    fuse,
+)
+from veneer_server.models.quantized import QuantizedMatrix, stacked
 from veneer_server.models.quantized_cache import QuantizedCache
 from veneer_server.models.source import BaseDamaged
 from veneer_server.progress import Stage, stage
@@ -67,19 +77,20 @@ class DecoderWeights:
     """The frozen base, ready for the decoder.
 
     Attributes:
-        embedding: [vocab, hidden].
-        dense_head: [vocab, hidden]; the same storage as `embedding` if tied. None if only the
-            backend holds the head, in its own format.
+        dense_embedding: [vocab, hidden]; None if it is in codes.
+        dense_head: [vocab, hidden]; the same storage as the embedding if tied. None if it is in
+            codes, or only the backend holds the head, in its own format.
         inv_freq: [head_dim / 2] float32, rotary frequencies after scaling.
         rotary_scale: factor on cos and sin (YaRN), otherwise 1.
         parameters: number of the base model's parameters.
         nbytes: bytes of all resident weights.
+        coded_embedding, coded_head: [vocab, hidden]; None if not stored in codes.
     """
 
     config: DecoderConfig
     dtype: torch.dtype
     device: torch.device
-    embedding: torch.Tensor
+    dense_embedding: torch.Tensor | None
     dense_head: torch.Tensor | None
     final_norm: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -87,12 +98,37 @@ class DecoderWeights:
     rotary_scale: float
     parameters: int
     nbytes: int
+    coded_embedding: QuantizedMatrix | None = None
+    coded_head: QuantizedLinear | None = None
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """`dense_embedding`, which must not be None."""
+        assert self.dense_embedding is not None
+        return self.dense_embedding
 
     @property
     def head(self) -> torch.Tensor:
         """`dense_head`, which must not be None."""
         assert self.dense_head is not None
         return self.dense_head
+
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of tokens [n] int64: [n, hidden] float32."""
+        if self.coded_embedding is None:
+            return nn.functional.embedding(tokens, self.embedding).float()
+        return self.coded_embedding[tokens].dequantize()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Multiply normalized states [n, hidden] float32 by the head: [n, vocab] float32."""
+        if self.coded_head is None:
+            return nn.functional.linear(hidden.to(self.dtype), self.head).float()
+        return self.coded_head(hidden)
+
+    def head_rows(self) -> Iterator[Expanded]:
+        """Yield the head as plain numbers; see `ServedLinear.expanded`."""
+        head = Dense(self.head, None) if self.coded_head is None else self.coded_head
+        return head.expanded()
 
 
 def load_weights(
@@ -121,6 +157,11 @@ def load_weights(
         BaseDamaged: the weights do not match the fingerprint.
     """
     config = read_decoder_config(folder)
+    if config.stored is not None and config.stored.is_codes:
+        with verified(folder, fingerprint) as verify:
+            weights = _load_codes(folder, dtype, device)
+            verify()
+            return weights
 
     def use(model: Any) -> DecoderWeights:
         with (
@@ -164,6 +205,118 @@ def load_weights(
         with stage("writing the 4-bit weights"):
             cache.keep(model)
     return use(model)
+
+
+def _load_codes(folder: Path, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Load a base whose weights are stored as codes, and keep them so."""
+    with Checkpoint(folder) as checkpoint, stage("reading the base", unit="layers") as reading:
+        return _Codes(checkpoint, dtype, device).weights(reading)
+
+
+class _Codes:
+    """Reads `DecoderWeights` from a checkpoint, without transformers."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._checkpoint, self._config = checkpoint, checkpoint.config
+        self._dtype, self._device = dtype, device
+
+    def weights(self, reading: Stage) -> DecoderWeights:
+        config, body = self._config, self._checkpoint.body
+        codes, dense = self._table(f"{body}embed_tokens.weight")
+        head_codes, dense_head = codes, dense
+        if not config.tied_head:
+            head_codes, dense_head = self._table("lm_head.weight")
+        layers = []
+        for index in range(config.num_layers):
+            reading.update(index, config.num_layers)
+            layers.append(self._layer(index))
+        reading.update(config.num_layers)
+        frequencies, scale = self._checkpoint.rotary()
+        if len(frequencies) != config.head_dim // 2:
+            raise UnsupportedModel(
+                "partial rotation is not supported", metadata={"key": "rope_type"}
+            )
+        nbytes = sum(
+            linear.nbytes for w in layers for linear in (w.qkv, w.output, w.gate_up, w.down)
+        )
+        tables = [codes, dense] if config.tied_head else [codes, dense, head_codes, dense_head]
+        nbytes += sum(each.nbytes for each in tables if each is not None)
+        return DecoderWeights(
+            config=config,
+            dtype=self._dtype,
+            device=self._device,
+            dense_embedding=dense,
+            dense_head=dense_head,
+            final_norm=self._vector(f"{body}norm.weight", config.hidden_size),
+            layers=tuple(layers),
+            inv_freq=frequencies.to(device=self._device, dtype=torch.float32),
+            rotary_scale=scale,
+            parameters=self._checkpoint.parameters,
+            nbytes=nbytes,
+            coded_embedding=codes,
+            coded_head=None if head_codes is None else QuantizedLinear(head_codes),
+        )
+
+    def _layer(self, index: int) -> LayerWeights:
+        config, stem = self._config, f"{self._checkpoint.body}layers.{index}"
+        size = config.head_dim
+
+        def head_norm(name: str) -> torch.Tensor | None:
+            return self._vector(f"{stem}.self_attn.{name}", size) if config.qk_norm else None
+
+        return LayerWeights(
+            input_norm=self._vector(f"{stem}.input_layernorm.weight", config.hidden_size),
+            post_norm=self._vector(
+                f"{stem}.post_attention_layernorm.weight", config.hidden_size
+            ),
+            query_norm=head_norm("q_norm.weight"),
+            key_norm=head_norm("k_norm.weight"),
+            qkv=self._linear(index, ("q_proj", "k_proj", "v_proj")),
+            output=self._linear(index, ("o_proj",)),
+            gate_up=self._linear(index, ("gate_proj", "up_proj")),
+            down=self._linear(index, ("down_proj",)),
+        )
+
+    def _vector(self, name: str, size: int) -> torch.Tensor:
+        found = self._checkpoint.read(name, (size,))
+        return found.to(device=self._device, dtype=torch.float32, copy=True)
+
+    def _table(self, name: str) -> tuple[QuantizedMatrix | None, torch.Tensor | None]:
+        """Read the embedding or the head: in codes, or [vocab, hidden] in the serving dtype."""
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        codes = self._checkpoint.quantized(name, shape)
+        if codes is not None:
+            return codes.to(self._device), None
+        found = self._checkpoint.read(name, shape)
+        return None, found.to(device=self._device, dtype=self._dtype, copy=True)
+
+    def _linear(self, index: int, members: tuple[Projection, ...]) -> ServedLinear:
+        found = [self._checkpoint.matrix(index, member) for member in members]
+        codes = [self._checkpoint.quantized(each.name, each.shape) for each in found]
+        biases = [
+            self._vector(each.bias, each.shape[0]) if each.bias else None for each in found
+        ]
+        matrices = [each for each in codes if each is not None]
+        if len(matrices) == len(found) and (whole := stacked(matrices)) is not None:
+            bias = None
+            if any(each is not None for each in biases):
+                parts = [
+                    torch.zeros(matrix.shape[0], device=self._device) if each is None else each
+                    for matrix, each in zip(found, biases, strict=True)
+                ]
+                bias = torch.cat(parts)
+            return QuantizedLinear(whole.to(self._device), bias)
+        parts_: list[ServedLinear] = []
+        for matrix, code, each in zip(found, codes, biases, strict=True):
+            if code is not None:
+                parts_.append(QuantizedLinear(code.to(self._device), each))
+                continue
+            weight = self._checkpoint.read(matrix.name, matrix.shape)
+            plain = weight.to(device=self._device, dtype=self._dtype, copy=True)
+            parts_.append(Dense(plain, None if each is None else each.to(self._dtype)))
+        return parts_[0] if len(parts_) == 1 else SideBySide(parts_)
 
 
 @contextmanager
@@ -295,7 +448,7 @@ def _take_apart(
         config=config,
         dtype=dtype,
         device=device,
-        embedding=embedding,
+        dense_embedding=embedding,
         dense_head=head,
         final_norm=norm(body.norm),
         layers=tuple(layers),

@@ -24,7 +24,6 @@ from veneer_registry.weights import ModuleTensors, TensorView
 
 from veneer_server.models.config import DecoderConfig
 from veneer_server.models.linear import Expanded
-from veneer_server.models.packed import row_slices
 from veneer_server.wire.messages import AdapterSource
 
 Modules = Mapping[tuple[int, Projection], ModuleTensors]
@@ -69,10 +68,12 @@ class BaseWeights(Protocol):
     def config(self) -> DecoderConfig: ...
     @property
     def device(self) -> torch.device: ...
-    @property
-    def embedding(self) -> torch.Tensor: ...
-    @property
-    def head(self) -> torch.Tensor: ...
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `DecoderWeights.embedded`."""
+
+    def head_rows(self) -> Iterator[Expanded]:
+        """See `DecoderWeights.head_rows`."""
+
     @property
     def final_norm(self) -> torch.Tensor: ...
     @property
@@ -114,7 +115,7 @@ def references(
     each = iter(hidden)
     for index, result in enumerate(found):
         if not isinstance(result, AdapterCorrupt):
-            logits = _multiply(next(each)[:-1], _rows_of(weights.head))
+            logits = _multiply(next(each)[:-1], weights.head_rows())
             logprobs = torch.log_softmax(logits, dim=-1).gather(1, following.unsqueeze(1))
             found[index] = logprobs.squeeze(1).tolist()
     return found
@@ -153,7 +154,7 @@ class _Reference:
     def hidden(self, tokens: list[int]) -> torch.Tensor:
         """Compute the hidden states, normalized for the head: [adapters, tokens, hidden]."""
         ids = torch.tensor(tokens, device=self._weights.device)
-        hidden = self._weights.embedding[ids].float().expand(len(self._modules), -1, -1)
+        hidden = self._weights.embedded(ids).expand(len(self._modules), -1, -1)
         for index, layer in enumerate(self._weights.layers):
             hidden = hidden + self._attention(index, layer, hidden)
             hidden = hidden + self._mlp(index, layer, hidden)
@@ -230,11 +231,6 @@ def _multiply(x: torch.Tensor, weight: Iterable[Expanded]) -> torch.Tensor:
         y = x @ rows.T
         outputs.append(y if bias is None else y + bias)
     return torch.cat(outputs, dim=1)
-
-
-def _rows_of(head: torch.Tensor) -> Iterator[Expanded]:
-    for rows in row_slices(*head.shape):
-        yield head[rows].float(), None
 
 
 def _matrix(view: TensorView, device: torch.device) -> torch.Tensor:

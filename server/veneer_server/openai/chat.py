@@ -68,8 +68,9 @@ class ChatAnswer(ChoiceAnswer):
         return shown
 
     def _usage(self) -> Json:
-        reasoning = self._tally.counts.reasoning
-        return super()._usage() | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
+        counts = self._tally.counts
+        details = {"reasoning_tokens": counts.reasoning, **counts.predictions}
+        return super()._usage() | {"completion_tokens_details": details}
 
     def _choice_chunks(
         self, at: int, text: str, tokens: list[TokenScore], piece: Piece, choice: Choice

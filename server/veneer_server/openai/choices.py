@@ -133,12 +133,26 @@ class AnswerCounts:
     Attributes:
         cached: prompt tokens that were in the prefix cache.
         reasoning: completion tokens spent on reasoning.
+        accepted: completion tokens that speculation had drafted.
+        rejected: tokens that it had drafted in vain.
     """
 
     prompt: int
     completion: int
     cached: int
     reasoning: int
+    accepted: int
+    rejected: int
+
+    @property
+    def predictions(self) -> Json:
+        """What became of drafts, under OpenAI's names; empty if there were none."""
+        if not (self.accepted or self.rejected):
+            return {}
+        return {
+            "accepted_prediction_tokens": self.accepted,
+            "rejected_prediction_tokens": self.rejected,
+        }
 
 
 class Tally:
@@ -159,6 +173,8 @@ class Tally:
             sum(generation.completion_tokens for generation in known),
             sum(generation.cached_tokens for generation in known),
             sum(generation.reasoning_tokens for generation in known),
+            sum(generation.accepted_tokens for generation in known),
+            sum(generation.rejected_tokens for generation in known),
         )
 
 
@@ -274,11 +290,13 @@ class ChoiceAnswer(Answer):
 
     def _usage(self) -> Json:
         counts = self._tally.counts
+        details = counts.predictions
         return {
             "prompt_tokens": counts.prompt,
             "completion_tokens": counts.completion,
             "total_tokens": counts.prompt + counts.completion,
             "prompt_tokens_details": {"cached_tokens": counts.cached},
+            **({"completion_tokens_details": details} if details else {}),
         }
 
     def _choice(self, piece: Piece) -> tuple[int, Choice]:

@@ -40,7 +40,6 @@ IGNORED: Final = frozenset(
         "client_metadata",
         "context_management",
         "metadata",
-        "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -226,6 +225,33 @@ class StructuredOutputs(Fields):
     disable_additional_properties: Literal[False] = False
 
 
+class Prediction(Fields):
+    """OpenAI's ``prediction``: the answer that the caller expects.
+
+    Attributes:
+        content: a text, or parts of type text.
+    """
+
+    refused = None
+
+    type: Literal["content"] = "content"
+    content: str | _Objects = ""
+
+    @property
+    def text(self) -> str:
+        """The whole text. Raises InvalidField for a part of another type."""
+        if isinstance(self.content, str):
+            return self.content
+        texts = [part.get("text") for part in self.content if part.get("type") == "text"]
+        found = [text for text in texts if isinstance(text, str)]
+        if len(found) < len(self.content):
+            raise InvalidField(
+                "prediction.content holds a part that is no text: send parts of type text",
+                metadata={"field": "prediction.content"},
+            )
+        return "".join(found)
+
+
 class RequestFields(Fields):
     """Fields of a request, or of a part of one."""
 
@@ -244,6 +270,7 @@ class CommonFields(SharedExtensions, RequestFields):
     seed: _Seed | None = None
     logit_bias: dict[str, float] = Field(default_factory=dict)
     response_format: ResponseFormat | None = None
+    prediction: Prediction | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=_UINT32)] | None = None
     stop_token_ids: _StopIds = Field(default_factory=list)

@@ -736,7 +736,7 @@ def _details(core: ServingCore, record: AdapterRecord | None) -> Json:
     family = info.architecture.removesuffix("ForCausalLM").lower()
     return {
         "parent_model": "" if record is None else core.base.name,
-        "format": "safetensors",
+        "format": "gguf" if level == "gguf" else "safetensors",
         "family": family,
         "families": [family],
         "parameter_size": _size(info.parameters),

@@ -214,6 +214,7 @@ def common(
         "cache_salt": fields.cache_salt,
         "priority": fields.priority,
         "session_key": session_key(fields.user),
+        "prediction": "" if fields.prediction is None else fields.prediction.text,
         **constrained(
             use,
             _answer_constraint(fields.response_format) if answer is None else answer,

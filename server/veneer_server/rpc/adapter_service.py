@@ -15,6 +15,7 @@ from veneer_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from veneer_registry.adapter import Tier
 from veneer_registry.errors import Aborted, AdapterNotFound, InvalidField
 from veneer_registry.records import AdapterRecord, AliasChange
+from veneer_registry.registry import Registry
 from veneer_registry.terminal import visible
 
 from veneer_server.access.caller import Caller
@@ -34,7 +35,6 @@ from veneer_server.serving.events import (
 )
 from veneer_server.serving.generation import READER_LIMIT_S
 from veneer_server.serving.registering import Transfers
-from veneer_server.serving.registry import AdapterRegistry
 from veneer_server.serving.spare_time import outlast, to_the_end
 from veneer_server.serving.tenants import Tenant, Tenants
 from veneer_server.serving.visible import Visible
@@ -46,9 +46,7 @@ from veneer_server.serving.visible import Visible
 class AdapterView:
     """Builds `Adapter` messages."""
 
-    def __init__(
-        self, registry: AdapterRegistry, engine: TenantEngine, use: AdapterUse
-    ) -> None:
+    def __init__(self, registry: Registry, engine: TenantEngine, use: AdapterUse) -> None:
         self._registry = registry
         self._engine = engine
         self._use = use
@@ -138,7 +136,7 @@ class EventWatch:
 
     def __init__(
         self,
-        registry: AdapterRegistry,
+        registry: Registry,
         view: AdapterView,
         events: AdapterEvents,
         *,
@@ -270,10 +268,10 @@ _MOST_DIGITS: Final = 18
 """Most digits of a history entry's sequence number: SQLite's integers have 63 bits."""
 
 
-WaitReplicas = Callable[[Wait], Awaitable[Reached | None]]
+WaitReplicas = Callable[[Tenant, Wait], Awaitable[Reached | None]]
 
 
-async def _no_replicas(wait: Wait) -> Reached | None:
+async def _no_replicas(home: Tenant, wait: Wait) -> Reached | None:
     return None
 
 
@@ -296,7 +294,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         transfers: Transfers,
         reached: WaitReplicas = _no_replicas,
     ) -> None:
-        """Args: reached: waits until followers have all changes up to now."""
+        """Args: reached: waits until followers, and other registries with theirs, have all
+        changes of a tenant up to now."""
         self._reached = reached
         self._tenants = tenants
         self._transfers = transfers
@@ -352,7 +351,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             published=published.published,
             replaced=published.replaced,
             warnings=published.warnings,
-            replicas=reached_to_wire(await self._reached(wait)),
+            replicas=reached_to_wire(await self._reached(home, wait)),
         )
 
     async def RegisterAdapter(
@@ -371,7 +370,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             replaced=published.replaced,
             warnings=published.warnings,
             replicas=reached_to_wire(
-                await self._reached(Wait() if wanted.validate_only else wait)
+                await self._reached(home, Wait() if wanted.validate_only else wait)
             ),
         )
 
@@ -505,7 +504,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             etag=request.etag,
             who=context.caller.who,
         )
-        replicas = reached_to_wire(await self._reached(wait))
+        replicas = reached_to_wire(await self._reached(home, wait))
         return adapters_pb2.DeleteAdapterResponse(revisions=deleted, replicas=replicas)
 
     async def SetAlias(
@@ -526,7 +525,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         changed = await home.changes.alias(request.alias, change)
         answer = admin.set_alias_response(changed.alias, changed.before)
-        if (reached := reached_to_wire(await self._reached(wait))) is not None:
+        if (reached := reached_to_wire(await self._reached(home, wait))) is not None:
             answer.replicas.CopyFrom(reached)
         return answer
 
@@ -608,7 +607,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         record = await home.changes.update(request.name, update, context.caller.who)
         return adapters_pb2.UpdateAdapterResponse(
             adapter=self._message(home, home, record),
-            replicas=reached_to_wire(await self._reached(wait)),
+            replicas=reached_to_wire(await self._reached(home, wait)),
         )
 
     async def UpdateBudgets(

@@ -203,6 +203,7 @@ def generate_call(
         min_tokens=stopping.min_tokens,
         prompt_logprobs=_optional(output, "prompt_logprobs"),
         truncate_prompt=_optional(request, "truncate_prompt_tokens"),
+        prediction=request.prediction,
         # Output of a given format holds no calls, unless it is one.
         tools=tools if constraint is None or (tools is not None and tools.forced) else None,
         form=AnswerForm(

@@ -269,6 +269,8 @@ def _final(generation: Generation) -> inference_pb2.GenerateStreamFinal:
             completion_tokens=generation.completion_tokens,
             cached_prompt_tokens=generation.cached_tokens,
             reasoning_tokens=generation.reasoning_tokens,
+            accepted_prediction_tokens=generation.accepted_tokens,
+            rejected_prediction_tokens=generation.rejected_tokens,
         ),
         provenance=convert.provenance(generation.provenance),
     )

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from veneer_registry.errors import (
     Unavailable,
     Unimplemented,
 )
+from veneer_registry.freshness import HEARTBEAT_S
 from veneer_registry.lease import RevisionLease
 from veneer_registry.registry import Registry
 
@@ -34,7 +35,7 @@ from veneer_server.follower.standing import Standing
 from veneer_server.logs import get_logger
 from veneer_server.replication.feed import Feed
 from veneer_server.replication.replicas import Replicas
-from veneer_server.replication.states import HEARTBEAT_S, BeginFeed, Message, SnapshotEnd, Told
+from veneer_server.replication.states import BeginFeed, Message, SnapshotEnd, Told
 from veneer_server.replication.wire import to_wire
 from veneer_server.serving.generation import READER_LIMIT_S
 from veneer_server.serving.spare_time import to_the_end
@@ -53,6 +54,10 @@ _log = get_logger(__name__)
 Write = Callable[[Any], Awaitable[None]]
 Source = Callable[[str], Registry | None]
 """Returns the registry of a tenant, if it is open."""
+
+CaughtUp = Callable[[Mapping[str, int]], Awaitable[None]]
+"""Applies what other registries of the same catalog have changed, at least up to these numbers
+by tenant, if they exist. Raises Unavailable."""
 
 
 class _Stamps:
@@ -77,11 +82,16 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         replicas: Replicas,
         source: Source,
         *,
+        caught_up: CaughtUp | None = None,
         asks_callers: bool = False,
         heartbeat_s: float = HEARTBEAT_S,
         reader_limit_s: float = READER_LIMIT_S,
     ) -> None:
-        """Args: asks_callers: whether callers of this server must say who they are."""
+        """Args:
+        caught_up: brings catalogs that this registry shares with others up to date.
+        asks_callers: whether callers of this server must say who they are.
+        """
+        self._caught_up = caught_up
         self._feed = feed
         self._replicas = replicas
         self._source = source
@@ -139,16 +149,20 @@ class ReplicationService(replication_pb2_grpc.ReplicationServiceServicer):
         self, start: replication_pb2.FollowStart, write: Write, stamps: _Stamps
     ) -> None:
         feed = self._feed
-        store, catalog_change, base = await to_the_end(feed.facts)
+        if self._caught_up is not None:
+            await self._caught_up(dict(start.catalogs))
+        numbers = feed.told_by_tenant()
+        store, base = await to_the_end(feed.facts)
         begin = partial(
             BeginFeed,
             run=feed.run,
             store=store,
-            catalog_change=catalog_change,
+            catalogs=feed.catalogs(numbers),
             base=base,
             heartbeat_s=self._heartbeat_s,
             lease_s=self._replicas.lease_s,
             asks_callers=self._asks_callers,
+            lag_s=feed.lag_s,
         )
         place = start.sequence
         _log.info("follower", follower=start.follower, run=start.run, sequence=place)

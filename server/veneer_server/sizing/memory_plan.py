@@ -47,6 +47,9 @@ _CUDA_BYTES: Final = 700 << 20
 
 _EXPANDED_BYTES: Final = 24 << 20
 """4-bit weights expanded for a GEMM of many rows, a slice at a time (`packed.SLICE`)."""
+_EXPANDED_CODES_BYTES: Final = 96 << 20
+"""Weights stored as codes, expanded a slice at a time: 17 bytes a number (codes, indices into
+the table, float32), and what the allocator keeps."""
 _SCORED_BYTES: Final = 8
 """Bytes in addition to each logit while log-probabilities are computed."""
 _DRAWN_BYTES: Final = 64
@@ -309,6 +312,8 @@ def base_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     """Bytes of the resident weights. In 4 bits: half a byte per weight, and a float32 scale for
     each block of 64 (bitsandbytes; nested scales are expanded when loaded). A folder stored in
     4 bits is served as it is, whatever the flag says."""
+    if model.stored_bytes:  # codes take at most a tenth more in memory, see `models.quantized`
+        return int(1.1 * model.stored_bytes)
     itemsize = ITEMSIZE[config.dtype]
     linears = model.num_layers * sum(rows * columns for rows, columns in model.shapes.values())
     quantization = model.quantization or config.quantization
@@ -335,7 +340,8 @@ def _scratch_bytes(model: DecoderConfig, config: ServerConfig) -> int:
     rows = max(config.max_batch_tokens, config.max_running)
     scored = rows * _SCORED_BYTES * model.vocab_size
     drawn = config.max_running * _DRAWN_BYTES * model.vocab_size
-    return rows * (row + logits + mask) + max(scored, drawn) + _EXPANDED_BYTES
+    expanded = _EXPANDED_CODES_BYTES if model.stored_bytes else _EXPANDED_BYTES
+    return rows * (row + logits + mask) + max(scored, drawn) + expanded
 
 
 def _mib(size: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
@@ -60,6 +60,10 @@ class PlannedSequence:
         forbidden: tokens that would end the sequence too early.
         carries: whether the last of `tokens` is the token that the previous step samples. It
             is not read yet, so a 0 stands for it.
+        draft: the last of `tokens`, if they are a guess: a token is sampled after each of them
+            too, as long as the tokens sampled before it equal the draft, see
+            `engine.scheduling.speculation`. Only with a backend whose rows do not depend on the
+            rows beside them.
         work: relative cost of each of `tokens`, see `token_work`.
     """
 
@@ -80,6 +84,12 @@ class PlannedSequence:
     forbidden: tuple[int, ...] = ()
     carries: bool = False
     work: float = 1.0
+    draft: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> int:
+        """Number of `tokens` before the draft."""
+        return len(self.tokens) - len(self.draft)
 
     @property
     def unadjusted(self) -> bool:
@@ -107,7 +117,12 @@ class StepPlan:
 
     @property
     def prefill_tokens(self) -> int:
-        return sum(len(s.tokens) for s in self.sequences if len(s.tokens) > 1)
+        return sum(s.known for s in self.sequences if s.known > 1)
+
+    @property
+    def draft_tokens(self) -> int:
+        """Rows of drafts."""
+        return sum(len(s.draft) for s in self.sequences)
 
     @property
     def extra_work(self) -> tuple[float, float]:
@@ -115,7 +130,7 @@ class StepPlan:
         prefill = decode = 0.0
         for planned in self.sequences:
             if planned.work > 1.0:
-                if (count := len(planned.tokens)) > 1:
+                if (count := planned.known) > 1:
                     prefill += count * (planned.work - 1.0)
                 else:
                     decode += planned.work - 1.0
@@ -138,6 +153,16 @@ class StepPlan:
 
 
 @dataclass(slots=True)
+class FurtherToken:
+    """A token sampled after a token of the draft that was accepted; the fields are those of
+    `SequenceResult`."""
+
+    token: int
+    logprob: float | None = None
+    tops: Tops | None = None
+
+
+@dataclass(slots=True)
 class SequenceResult:
     """A step's result for one sequence; filled in by the runner, and read-only afterwards.
 
@@ -154,6 +179,10 @@ class SequenceResult:
         following: how a constrained sequence continues. COMPLETE or LATE without a token is
             the state before this step, and the step's logits are not used.
         failure: why the constraint could not be followed; the sequence ends.
+        further: the tokens after ``token``, as many as tokens of the draft were accepted.
+        redo: whether a row of a draft was not finite. Its K and V could reach the rows before
+            it, so nothing of the sequence's part counts, and it has to be computed without a
+            draft.
     """
 
     token: int | None = None
@@ -165,6 +194,8 @@ class SequenceResult:
     score_ranks: tuple[int, ...] = ()
     following: ConstraintState = ConstraintState.GOES_ON
     failure: ConstraintFailure | None = None
+    further: list[FurtherToken] = field(default_factory=list)
+    redo: bool = False
 
 
 class Runner(Protocol):

@@ -8,6 +8,7 @@ the newest token to the previous counts takes almost no time.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,18 @@ class Seen:
 
     ids: NDArray[np.int64]
     counts: NDArray[np.int64]
+
+    def after(self, tokens: Sequence[int]) -> Seen:
+        """Return the counts after some more tokens of the output."""
+        if not tokens:
+            return self
+        more = Counter(tokens)
+        known = [more.pop(token, 0) for token in self.ids.tolist()]
+        ids, counts = list(more), list(more.values())
+        return Seen(
+            np.concatenate((self.ids, np.array(ids, dtype=np.int64))),
+            np.concatenate((self.counts + np.array(known), np.array(counts, dtype=np.int64))),
+        )
 
 
 class TokenCounts:

@@ -154,6 +154,12 @@ class Metrics:
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens.")
         self.generation_tokens = counter("generation_tokens_total", "New tokens.")
+        self.drafted_tokens = counter(
+            "speculation_drafted_tokens_total", "Tokens that speculation guessed."
+        )
+        self.accepted_tokens = counter(
+            "speculation_accepted_tokens_total", "Tokens that speculation guessed rightly."
+        )
         self.prefix_asked = counter(
             "prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache."
         )
@@ -313,7 +319,9 @@ class Metrics:
         self.step_seconds.labels(phase).observe(step.seconds)
         if phase == "decode":
             self.recent_step_s += _SMOOTHING * (step.seconds - self.recent_step_s)
-        self.step_rows.observe(step.prefill_tokens + step.decode_rows)
+        self.step_rows.observe(step.prefill_tokens + step.decode_rows + step.drafted)
+        self.drafted_tokens.inc(step.drafted)
+        self.accepted_tokens.inc(step.accepted)
         self.step_adapters.observe(step.adapters)
         self.prefix_asked.inc(step.prefix_asked)
         self.prefix_found.inc(step.prefix_found)

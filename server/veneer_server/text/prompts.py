@@ -25,7 +25,7 @@ from veneer_server.text.replies import (
 )
 from veneer_server.text.template import ChatTemplate, in_words, needs_words, read_base_template
 from veneer_server.text.template_renderer import QUICK_LIMIT_S, RENDER_LIMIT_S, Renderer
-from veneer_server.text.tokenizer import TextTokenizer
+from veneer_server.text.tokenizer import TextTokenizer, TooManyTokens
 from veneer_server.text.tool_calls import CallFormat, family_of, knows_tools
 from veneer_server.text.turns import TemplateOptions
 
@@ -317,6 +317,24 @@ class Prompts:
         return await self._tokenize(
             text, room, "prompt", sender, add_special_tokens=add_special_tokens
         )
+
+    async def expected(self, text: str, room: Room, sender: Sender = NOBODY) -> list[int]:
+        """Tokenize the answer that a caller expects, up to a token that the model lacks.
+
+        Raises:
+            ContextTooLong: it has more tokens than ``room``.
+        """
+        try:
+            ids = await self._tokenize(
+                text, room, "prediction", sender, add_special_tokens=False
+            )
+        except TooManyTokens as error:
+            raise ContextTooLong(
+                f"the prediction has more tokens than the {room.tokens} that fit: shorten it",
+                metadata={"field": "prediction", "largest": str(room.tokens)},
+            ) from error
+        known = (at for at, token in enumerate(ids) if token >= room.vocab_size)
+        return ids[: next(known, len(ids))]
 
     async def text_of(self, ids: Sequence[int], sender: Sender = NOBODY) -> str:
         """Return the text of token ids, with the names of special tokens. The ids must have

@@ -42,7 +42,8 @@ class EngineConfig(Message, frozen=True):
         device: ``cpu`` or ``cuda``; ``auto``, which the front resolves, is CUDA if there is
             any.
         quantization: ``nf4`` and ``fp4`` are bitsandbytes with double quantization; ``fp8``
-            needs the backend for CUDA.
+            needs the backend for CUDA; the others are formats in which a base is stored, see
+            `models.stored_format`.
         dtype: data type of activations, KV cache and adapters.
         backend: values other than ``auto`` require that backend, see
             `engine.execution.backend_choice`.
@@ -63,6 +64,9 @@ class EngineConfig(Message, frozen=True):
         prefix_cache: keep the K and V of prefixes and share them.
         exact: make results independent of the rest of the batch. Disables the prefix cache if
             the backend's results depend on it, see `engine.execution.exact`.
+        speculation: draft tokens and verify them in one step, see
+            `engine.scheduling.speculation`. ``on`` requires the native backend, ``auto`` uses
+            speculation if it is there.
         constraints: limits of constrained output.
     """
 
@@ -72,11 +76,21 @@ class EngineConfig(Message, frozen=True):
     weights_fingerprint: str
     log_format: Literal["console", "json"] = "console"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    quantization: Literal["nf4", "fp4", "fp8", "none"] = "nf4"
+    quantization: Literal[
+        "nf4", "fp4", "fp8", "none", "gguf", "gptq", "awq", "int-packed", "mxfp4"
+    ] = "nf4"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     backend: Literal["auto", "native", "torch", "cuda"] = "auto"
     native_instructions: Literal[
-        "auto", "amx-bf16", "avx512-bf16", "avx2", "neon-bf16", "neon"
+        "auto",
+        "amx-bf16",
+        "avx512-bf16",
+        "avx512-vnni",
+        "avx512",
+        "avx2-vnni",
+        "avx2",
+        "neon-bf16",
+        "neon",
     ] = "auto"
     int8_activations: bool = False
     threads: int = 0
@@ -92,4 +106,5 @@ class EngineConfig(Message, frozen=True):
     load_workers: int = 1
     prefix_cache: bool = True
     exact: bool = False
+    speculation: Literal["off", "on", "auto"] = "off"
     constraints: ConstraintLimits = ConstraintLimits()

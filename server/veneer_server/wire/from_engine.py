@@ -24,6 +24,7 @@ class EngineInfo(Message, frozen=True):
             ``, int8 activations`` inside if inputs are rounded to 8 bits, and ``, prebuilt`` if
             the kernels came with the wheel, or ``torch``.
         why_not_native: reason in words; empty if the native backend is used.
+        int8_gain: what ``--int8-activations`` would gain, in words; empty if little.
         threads, why_threads: threads of a step on a CPU, and the reason for the number in
             words.
         kv_cache_tokens: capacity of the KV cache.
@@ -38,6 +39,7 @@ class EngineInfo(Message, frozen=True):
         step_seconds: duration of a step of one token, measured before serving.
         token_seconds: additional duration for each further token.
         longest_step_seconds: estimated duration of the longest step that can be planned.
+        speculation: whether tokens are drafted, see `EngineConfig.speculation`.
     """
 
     device: str
@@ -53,6 +55,7 @@ class EngineInfo(Message, frozen=True):
     longest_sequence: int
     window_blocks: int | None = None
     why_not_native: str = ""
+    int8_gain: str = ""
     max_batch_tokens: int = 0
     max_prefill_tokens: int = 0
     step_seconds: float = 0.0
@@ -60,6 +63,7 @@ class EngineInfo(Message, frozen=True):
     longest_step_seconds: float = 0.0
     threads: int = 0
     why_threads: str = ""
+    speculation: bool = False
 
 
 class WireError(Message, frozen=True):
@@ -92,6 +96,8 @@ class SequenceOutput(Message, frozen=True):
         step: number of the step that produced it (see `StepDone`); first output only.
         mixed: if `prompt_logprobs` are requested, whether a step that computed a part of the
             prompt also had rows of another adapter or of the base; first output only.
+        accepted: number of `tokens` that speculation had drafted.
+        rejected: tokens that it had drafted in vain.
     """
 
     sequence: int
@@ -108,6 +114,8 @@ class SequenceOutput(Message, frozen=True):
     step: int = 0
     prompt_ranks: list[int] | None = None
     mixed: bool = False
+    accepted: int = 0
+    rejected: int = 0
 
 
 class Prefilled(Message, frozen=True):
@@ -136,12 +144,14 @@ class StepDone(Message, frozen=True):
     Attributes:
         step: number of steps executed since the engine started.
         seconds: wall time of the step.
-        prefill_tokens, decode_rows: what the step computed.
+        prefill_tokens, decode_rows: what the step computed, without drafts.
         adapters: number of distinct adapters in the step.
         prefix_asked, prefix_found: prompt tokens of the sequences that started in the step,
             and how many of them were in the prefix cache.
         extra_prefill, extra_decode: extra cost due to the size of adapters, in tokens, in
             addition to `prefill_tokens` and `decode_rows`; see `token_work`.
+        drafted, accepted: draft tokens that the step verified, and those of them that became
+            sequences' tokens.
     """
 
     step: int
@@ -153,6 +163,8 @@ class StepDone(Message, frozen=True):
     prefix_found: int = 0
     extra_prefill: float = 0.0
     extra_decode: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Occupancy(Message, frozen=True):

@@ -122,6 +122,8 @@ class SequenceRequest(Message, frozen=True):
         weight: the tenant's weight.
         priority: among requests of the same tenant and user; lower starts earlier, see
             `PRIORITY_SECONDS`.
+        prediction: tokens that the caller expects as the answer, if any: a draft, see
+            `engine.scheduling.speculation`. The answer does not depend on them.
         arrived: arrival of the request on the monotonic clock, for all its samples but the
             first: these go before requests that arrived later. None for the first sample.
     """
@@ -146,4 +148,5 @@ class SequenceRequest(Message, frozen=True):
     fairness_id: str = ""
     weight: float = 1.0
     priority: int = 0
+    prediction: list[int] = msgspec.field(default_factory=list)
     arrived: float | None = None

@@ -128,7 +128,11 @@ def _reference(quantization: Quantization) -> torch.Tensor:
     )
     embedding = made.embedding.float()
     whole = replace(
-        made, layers=layers, dtype=torch.float32, embedding=embedding, dense_head=embedding
+        made,
+        layers=layers,
+        dtype=torch.float32,
+        dense_embedding=embedding,
+        dense_head=embedding,
     )
     cache = KvCache(
         num_layers=CONFIG.num_layers,

@@ -20,6 +20,26 @@ with open(os.environ["ALIVE"], "w") as alive:
 """
 """A FAKE server that never gets ready; its end closes the pipe."""
 
+INTERRUPTED_AS_THE_LIMIT_BEGINS = """
+import threading
+from veneer_client.local import LocalServer
+
+class Timer(threading.Timer):
+    def start(self):
+        super().start()
+        raise KeyboardInterrupt  # a signal between two instructions
+
+threading.Timer = Timer
+LocalServer()
+"""
+
+
+def test_the_limit_of_a_start_does_not_keep_the_program() -> None:
+    """It is 300 s."""
+    program = [sys.executable, "-c", INTERRUPTED_AS_THE_LIMIT_BEGINS]
+    ended = subprocess.run(program, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGINT, ended.stderr
+
 
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_while_its_server_starts_it_stops_that_too(

@@ -132,7 +132,7 @@ class AheadModelRunner(ModelRunner):
         self, step: _Unread, sampled: Sampled, results: tuple[SequenceResult, ...]
     ) -> None:
         rows = [
-            SampledRow(step.plan.sequences[index], at, results[index])
+            SampledRow(step.plan.sequences[index], at, results[index], results[index])
             for at, index in enumerate(step.handed)
             if results[index].finite
         ]

@@ -16,7 +16,8 @@ from veneer_server.adapters.memory import Placer
 from veneer_server.backends.native.chosen import find_library
 from veneer_server.backends.native.compiler import NativeUnavailable
 from veneer_server.backends.native.decoder import NativeDecoder, check
-from veneer_server.backends.native.library import Library
+from veneer_server.backends.native.library import FOUR_BIT, Library
+from veneer_server.backends.native.linear import NativeLinear, int8_gain
 from veneer_server.backends.native.packed.base import load_packed
 from veneer_server.backends.torch.attention import KvCache
 from veneer_server.backends.torch.decoder import Decoder
@@ -53,6 +54,8 @@ class Chosen:
             if inputs are rounded to 8 bits, and ``, prebuilt`` if the kernels came with the
             wheel; ``torch``; or ``cuda``.
         why_not_native: why it is not the native backend; empty if it is.
+        int8_gain: what ``--int8-activations`` would gain, in words; empty if little or if it
+            does not apply.
         lora_dtype: dtype of resident adapters.
         placement: how many threads a step has, and where they run.
         invariant: whether a row's numbers are bit-identical whatever else is in the batch.
@@ -67,6 +70,7 @@ class Chosen:
     lora_dtype: torch.dtype
     name: str
     why_not_native: str = ""
+    int8_gain: str = ""
     draws: Draws = field(default_factory=TorchDraws)
     placement: Placement = field(default_factory=lambda: Placement(1, ""))
     invariant: bool = False
@@ -202,12 +206,17 @@ def _native(
     # and spin on a core that a thread of the step could use.
     torch.set_num_threads(1)
     int8 = ", int8 activations" if config.int8_activations else ""
+    four_bit = all(
+        isinstance(layer.down, NativeLinear) and layer.down.struct.kind == FOUR_BIT
+        for layer in base.weights.layers
+    )
     name = f"native ({library.instructions}{int8}{made})"
     return Chosen(
         decoder,
         base.weights,
         torch.bfloat16,
         name,
+        int8_gain="" if int8 or not four_bit else int8_gain(library),
         draws=decoder.draws,
         placement=placement,
         invariant=True,

@@ -25,10 +25,12 @@ from veneer_server.step.arrays import Backend, Segment, StepArrays
 from veneer_server.step.choice import Draws, TokenChoice
 from veneer_server.step.plan import (
     ConstraintState,
+    FurtherToken,
     PlannedSequence,
     SequenceResult,
     StepPlan,
 )
+from veneer_server.step.token_counts import Seen
 
 _PATIENCE_S: Final = 0.002
 """How long a step waits for masks, and again to learn whether tokens completed a constraint.
@@ -74,15 +76,21 @@ class ModelRunner:
         results = tuple(
             SequenceResult(finite=all(finite_rows[place.begin : place.end])) for place in places
         )
-        rows = []
+        rows: list[SampledRow] = []
         for sequence, place, result in zip(plan.sequences, places, results, strict=True):
+            if sequence.draft and not result.finite:
+                # The draft may be to blame, which the sequence must not notice.
+                result.finite, result.redo = True, True
+                written = sequence.blocks[sequence.start // self._block_size :]
+                self.backend.clear(list(written))
+                continue
             if not result.finite:
                 # Clear the blocks that this step wrote; earlier chunks passed this check.
                 written = sequence.blocks[sequence.start // self._block_size :]
                 self.backend.clear(list(written))
                 continue
             if place.sample is not None:
-                rows.append(SampledRow(sequence, place.sample, result))
+                rows.append(SampledRow(sequence, place.sample, result, result))
             if sequence.score:
                 _score(logits, sequence, place, result, self._draws)
         if rows:
@@ -90,34 +98,69 @@ class ModelRunner:
         return results
 
     def _sample(self, logits: torch.Tensor, rows: list[SampledRow]) -> None:
-        """Sample a token for every row that can take one now."""
+        """Sample a token for every row that can take one now, and after drafts for as long as
+        they are right. A constraint has to know a token before it allows the next one, so its
+        sequences get theirs one after another."""
+        until = time.monotonic() + _PATIENCE_S
+        taken = self._sample_once(logits, _with_drafts(rows), until)
+        until = time.monotonic() + _PATIENCE_S
+        while taken:
+            rows = [
+                row.following()
+                for row in taken
+                if row.sequence.constraint is not None
+                and row.accepted
+                and row.result.following is ConstraintState.GOES_ON
+                and self._mask_known(row.sequence.sequence, until)
+            ]
+            taken = self._sample_once(logits, rows, until)
+
+    def _mask_known(self, sequence: int, until: float) -> bool:
+        assert self._grammars is not None, "the loop refuses constraints without grammars"
+        return self._grammars.ready(sequence, until)
+
+    def _sample_once(
+        self, logits: torch.Tensor, rows: list[SampledRow], until: float
+    ) -> list[SampledRow]:
+        """Sample a token for each row; return the rows that got theirs. The rows after a draft
+        token that is not the sampled one get none."""
         choices: list[TokenChoice] = []
         ready: list[SampledRow] = []
-        until = time.monotonic() + _PATIENCE_S
         for row in rows:
             if (choice := self._choice(row, until)) is not None:
                 choices.append(choice)
                 ready.append(row)
         if not ready:
-            return
+            return []
         at = [row.at for row in ready]
         if at != list(range(len(logits))):
             logits = logits.index_select(0, _index(at, logits))
         constrained = {}
-        for row, token in zip(ready, sample(logits, choices, self._draws), strict=True):
-            row.result.token = token
+        taken: list[int] = []
+        last: SampledRow | None = None
+        for k, (row, token) in enumerate(
+            zip(ready, sample(logits, choices, self._draws), strict=True)
+        ):
+            if row.drafted and not row.follows(last):
+                continue  # after a refused token
+            last = row
             if token is None:
-                row.result.finite = False
-            elif row.sequence.constraint is not None:
-                constrained[row.sequence.sequence] = row.result
+                row.fail()
+                continue
+            row.take(token)
+            taken.append(k)
+            if row.sequence.constraint is not None:
+                constrained[row.sequence.sequence] = row
         if constrained:
             self._advance(constrained)
-        wanted = [k for k, row in enumerate(ready) if row.sequence.logprobs]
-        if wanted and 2 * len(wanted) < len(ready):
-            logits = logits.index_select(0, _index(wanted, logits))
-            ready = [ready[k] for k in wanted]
+        wanted = [k for k in taken if ready[k].sequence.logprobs]
+        # To compute them for rows that do not request them is cheaper than to copy the others.
+        got = wanted if 2 * len(wanted) < len(ready) or len(taken) < len(ready) else taken
         if wanted:
-            _add_logprobs(logits, ready, self._draws)
+            if len(got) < len(ready):
+                logits = logits.index_select(0, _index(got, logits))
+            _add_logprobs(logits, [ready[k] for k in got], self._draws)
+        return [ready[k] for k in taken]
 
     def _choice(self, row: SampledRow, until: float) -> TokenChoice | None:
         """Return how to sample the row; None if its constraint has no next token, or the mask
@@ -136,19 +179,30 @@ class ModelRunner:
             allowed = known
         return TokenChoice(
             params=sequence.sampling,
-            position=sequence.position,
-            token_counts=sequence.token_counts,
+            position=sequence.position + row.drafted,
+            token_counts=row.token_counts(),
             allowed=allowed,
             forbidden=_others_left(sequence.forbidden, allowed),
         )
 
-    def _advance(self, results: dict[int, SequenceResult]) -> None:
+    def _advance(self, rows: dict[int, SampledRow]) -> None:
         """Pass the sampled tokens to their constraints, by sequence."""
         assert self._grammars is not None
-        chosen = {sequence: result.token or 0 for sequence, result in results.items()}
+        chosen = {sequence: row.into.token or 0 for sequence, row in rows.items()}
         until = time.monotonic() + _PATIENCE_S
         for sequence, following in self._grammars.advance(chosen, until).items():
-            results[sequence].following = following
+            rows[sequence].result.following = following
+
+
+def _with_drafts(rows: list[SampledRow]) -> list[SampledRow]:
+    """Add the rows after drafts, each after the row before it, except under a constraint."""
+    found: list[SampledRow] = []
+    for row in rows:
+        found.append(row)
+        if row.sequence.constraint is None:
+            for _ in row.sequence.draft:
+                found.append(found[-1].following())
+    return found
 
 
 def _others_left(
@@ -162,19 +216,64 @@ def _others_left(
     return forbidden if allowed.sum() > allowed[inside].sum() else ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampledRow:
-    """A sequence that gets a token, the index ``at`` of its row of logits, and its result."""
+    """A row of which a token is sampled.
+
+    Attributes:
+        at: index of its row of logits.
+        result: the sequence's result.
+        into: where the token goes: the result or, after a draft, a further token of it.
+        drafted: number of draft tokens up to this row.
+    """
 
     sequence: PlannedSequence
     at: int
     result: SequenceResult
+    into: SequenceResult | FurtherToken
+    drafted: int = 0
+
+    def following(self) -> SampledRow:
+        """The row after the next token of the draft."""
+        return SampledRow(
+            self.sequence, self.at + 1, self.result, FurtherToken(-1), self.drafted + 1
+        )
+
+    @property
+    def accepted(self) -> bool:
+        """Whether its token is the draft's next one."""
+        draft = self.sequence.draft
+        return self.drafted < len(draft) and self.into.token == draft[self.drafted]
+
+    def follows(self, last: SampledRow | None) -> bool:
+        """Whether ``last`` is the row before this one, and its token accepted."""
+        if self.sequence.constraint is not None:
+            return True  # checked before it was sampled
+        if last is None or last.result is not self.result:
+            return False
+        return last.drafted + 1 == self.drafted and last.accepted
+
+    def take(self, token: int) -> None:
+        """Set its token."""
+        self.into.token = token
+        if isinstance(self.into, FurtherToken):
+            self.result.further.append(self.into)
+
+    def fail(self) -> None:
+        """Nothing could be sampled from it. After a draft, the next step will tell."""
+        if not self.drafted:
+            self.result.finite = False
+
+    def token_counts(self) -> Seen | None:
+        """The tokens before the one to be sampled, if penalties need them."""
+        seen = self.sequence.token_counts
+        return seen and seen.after(self.sequence.draft[: self.drafted])
 
 
 def _add_logprobs(logits: torch.Tensor, rows: list[SampledRow], draws: Draws) -> None:
     """Add raw log-probabilities of the sampled tokens and, if requested, of the likeliest. They
     are computed for rows that do not request them, too: copying the others takes longer."""
-    tokens = _index([row.result.token or 0 for row in rows], logits)
+    tokens = _index([row.into.token or 0 for row in rows], logits)
     sums = draws.log_sums(logits)
     counts = [row.sequence.top_logprobs for row in rows]
     tops = top_tokens(logits, counts, sums) if any(counts) else [None] * len(rows)
@@ -182,9 +281,9 @@ def _add_logprobs(logits: torch.Tensor, rows: list[SampledRow], draws: Draws) ->
         rows, token_logprobs(logits, tokens, sums).tolist(), tops, strict=True
     ):
         if row.sequence.logprobs:
-            row.result.logprob = value
+            row.into.logprob = value
             if row.sequence.top_logprobs:
-                row.result.tops = top
+                row.into.tops = top
 
 
 def _score(
@@ -206,8 +305,9 @@ def _score(
 
 @dataclass(frozen=True, slots=True)
 class LogitRows:
-    """A sequence's rows of logits: scored or only checked ones from ``begin``, then
-    the sampled one at ``sample`` if there is one; ``end`` is past the last."""
+    """A sequence's rows of logits: scored or only checked ones from ``begin``, then the sampled
+    one at ``sample`` if there is one, and those after each token of its draft; ``end`` is past
+    the last."""
 
     begin: int
     end: int
@@ -244,14 +344,15 @@ def to_arrays(
         row_starts.append(len(tokens))
         begin = len(logit_rows)
         logit_rows += range(first, first + len(sequence.score))
+        last = len(tokens) - 1 - len(sequence.draft)
         if window is not None and not sequence.score:
             # In every layer, each row must be seen by a row whose logits are checked. The last
             # row sees no further than its window: a NaN before that would stay in the cache.
-            logit_rows += range(first + window - 1, len(tokens) - 1, window)
+            logit_rows += range(first + window - 1, last, window)
         sampled = None
         if sequence.samples:
             sampled = len(logit_rows)
-            logit_rows.append(len(tokens) - 1)
+            logit_rows += range(last, len(tokens))
         elif not sequence.score:
             # Only to check that the logits are finite, so that the K and V may be shared.
             logit_rows.append(len(tokens) - 1)

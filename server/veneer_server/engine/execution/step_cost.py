@@ -8,7 +8,7 @@ the longest step may take, so that it does not mistake a slow engine for a hung 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -23,6 +23,9 @@ _MORE_ROWS: Final = 64
 """Rows of the larger step that is timed: more of them where steps are short, since a token of a
 large step may take longer than one of a small step, where memory is the limit."""
 _SHORT_S: Final = 0.05
+_SAMPLED_ROWS: Final = (1, 2, 4, 8, 16, 17, 32, 33, 48, 49, 64)
+"""Rows of the steps that show what drafts cost, see `engine.scheduling.speculation`. Matrix
+registers take 16 rows at a time, so that a row more than that costs much."""
 _CONTEXT: Final = 2048
 """Context, in tokens, of the step that shows how long attention takes."""
 _FROM_MEMORY: Final = 1.4
@@ -52,6 +55,7 @@ def measure(
     block_size: int,
     blocks: int,
     threads: int,
+    sampled: bool = False,
 ) -> StepCost:
     """Measure the cost of a step with a few small steps. They write to the first KV blocks,
     which are cleared afterwards.
@@ -60,6 +64,7 @@ def measure(
         blocks: number of KV blocks, the first of which is never used.
         threads: number of threads of a step; 0 if steps do not run on this CPU, so that only
             wall-clock time is meaningful.
+        sampled: whether to measure `StepCost.sampled_s`, too.
     """
     usable = min(blocks - 1, -(-_MORE_ROWS // block_size))
     rows = min(_ROWS, usable * block_size, model.context_length - 1)
@@ -70,8 +75,10 @@ def measure(
         passed, worked = time.perf_counter() - began, time.process_time() - worked
         return _Timed(passed, min(passed, worked / threads) if threads else passed)
 
-    def timed(rows: int, context: int = 0) -> _Timed:
+    def timed(rows: int, context: int = 0, *, all_logits: bool = False) -> _Timed:
         step = tokens_after(context, rows, block_size, usable)
+        if all_logits:
+            step = replace(step, logit_rows=np.arange(rows, dtype=np.int64))
         found = once(step)
         if found.passed >= _SHORT_S:
             return found
@@ -83,11 +90,16 @@ def measure(
         once(tokens_after(0, 1, block_size, usable))  # warm-up: touches all weights once
         one = timed(1)
         several = timed(rows)
-        more = min(_MORE_ROWS, usable * block_size, model.context_length - 1)
+        most = more = min(_MORE_ROWS, usable * block_size, model.context_length - 1)
         if several.passed < _SHORT_S and more > rows:
             rows, several = more, timed(more)
         context = min(_CONTEXT, model.context_length - rows)
         after = timed(rows, context)
+        verified = [
+            (count, timed(count, all_logits=True).passed)
+            for count in (_SAMPLED_ROWS if sampled else ())
+            if count <= most
+        ]
     finally:
         backend.clear(list(range(1, usable + 1)))
     attention_s = max(0.0, after.alone - several.alone) / (rows * context)
@@ -95,6 +107,7 @@ def measure(
         step_s=one.passed,
         token_s=max(0.0, several.alone - one.alone) / max(1, rows - 1),
         attention_s=attention_s * _FROM_MEMORY,
+        sampled_s=tuple(verified),
     )
 
 

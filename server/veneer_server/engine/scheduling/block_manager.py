@@ -176,6 +176,12 @@ class BlockManager:
             sequence.blocks.append(block)
         return True
 
+    def trim(self, sequence: Sequence, tokens: int) -> None:
+        """Release the blocks behind the first ``tokens`` tokens, which only a refused draft
+        needed. They are the sequence's own: what is behind its end is never published."""
+        for _ in range(len(sequence.blocks) - self.blocks_for(tokens)):
+            self._drop(sequence.blocks.pop())
+
     def publish(self, sequence: Sequence) -> None:
         """Let other sequences find the blocks that are full of computed tokens.
 

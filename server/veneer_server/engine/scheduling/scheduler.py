@@ -35,10 +35,17 @@ from veneer_server.engine.scheduling.sequence import (
     SequenceState,
     plan_sequence,
 )
+from veneer_server.engine.scheduling.speculation import Speculation
 from veneer_server.engine.scheduling.step_limits import SEVERAL_S, SchedulerLimits
 from veneer_server.engine.scheduling.updates import PrefixLookups, SequenceUpdate
 from veneer_server.engine.scheduling.waiting import WaitingSequences
-from veneer_server.step.plan import ConstraintState, PlannedSequence, SequenceResult, StepPlan
+from veneer_server.step.plan import (
+    ConstraintState,
+    FurtherToken,
+    PlannedSequence,
+    SequenceResult,
+    StepPlan,
+)
 from veneer_server.wire.messages import pack_tops, token_work
 
 
@@ -47,6 +54,10 @@ class Scheduler:
 
     Everything a sequence holds (lease, hold, blocks, place) is released in `_end`,
     however the sequence ends.
+
+    Args:
+        speculation: makes drafts; None if the backend's rows depend on the rows beside them, or
+            speculation is off.
 
     Attributes:
         admission: decides in what order waiting sequences start.
@@ -59,7 +70,9 @@ class Scheduler:
         blocks: BlockManager,
         residency: Residency,
         eos_token_ids: frozenset[int],
+        speculation: Speculation | None = None,
     ) -> None:
+        self.speculation = speculation
         self.limits = limits
         self.blocks = blocks
         self.residency = residency
@@ -189,6 +202,8 @@ class Scheduler:
         self._note_caller(sequence)
         self.shares.release(sequence.share)
         self._held.discard(sequence.id)
+        if self.speculation is not None:
+            self.speculation.ended(sequence, keep=sequence.sound)
         return self.residency.release(sequence.digest) if sequence.digest else []
 
     def unhold(self, sequence_id: int) -> None:
@@ -265,6 +280,8 @@ class Scheduler:
             self._lengthen(cut, room, chosen)
         if not chosen:
             return None
+        if self.speculation is not None and not self._preempted:
+            self._add_drafts(self.speculation, chosen)
         # A stable sort: within an adapter, order of arrival.
         return StepPlan(tuple(sorted(chosen.values(), key=lambda p: p.digest or "")))
 
@@ -303,6 +320,33 @@ class Scheduler:
             if planned is None or not planned.samples:
                 cut.append(sequence)
         return cut
+
+    def _add_drafts(self, speculation: Speculation, chosen: dict[int, PlannedSequence]) -> None:
+        """Add drafts to sequences that decode, in rows and KV blocks that nothing else of the
+        step or of the next one needs. A prompt's last chunk gets none: its sequence's first
+        token would come later."""
+        sampled = [
+            self._running[number]
+            for number, planned in chosen.items()
+            if planned.samples
+            and planned.known == 1
+            and planned.work == 1.0
+            and not (planned.carries or planned.score)
+        ]
+        rows = sum(len(planned.tokens) for planned in chosen.values())
+        drafts = speculation.choose(
+            sampled, rows, self.limits.max_batch_tokens, self.limits.context_length
+        )
+        for number, draft in drafts.items():
+            sequence = self._running[number]
+            spare = len(self._running) + bool(self._waiting)
+            length = len(sequence.tokens)
+            if not self.blocks.grow(sequence, length + len(draft), spare=spare):
+                room = len(sequence.blocks) * self.blocks.block_size
+                draft = draft[: room - length]
+            if draft:
+                known = len(chosen[number].tokens)
+                chosen[number] = plan_sequence(sequence, known, self._eos, tuple(draft))
 
     def _extend(
         self,
@@ -470,6 +514,15 @@ class Scheduler:
         found, self._prefilled = self._prefilled, {}
         return found.values()
 
+    def take_drafts(self) -> tuple[int, int]:
+        """Return the draft tokens that were verified and accepted since the last call."""
+        return (0, 0) if self.speculation is None else self.speculation.take()
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """Note how long a step took."""
+        if self.speculation is not None and not plan.prefill_tokens:
+            self.speculation.times.observe(plan.rows, seconds)
+
     def take_lookups(self) -> PrefixLookups:
         """Return the prefix cache lookups since the last call."""
         lookups, self._lookups = self._lookups, PrefixLookups()
@@ -499,8 +552,15 @@ class Scheduler:
             if result.following is ConstraintState.LATE:
                 self._held.add(sequence.id)
                 if result.token is None and result.finite:
+                    self.blocks.trim(sequence, len(sequence.tokens))
                     continue  # as if it had not been in the step: it recomputes the same tokens
-            sequence.computed = planned.start + len(planned.tokens)
+            if result.redo and self.speculation is not None:
+                self.speculation.stop(sequence)
+                self._preempt(sequence)
+                continue
+            # K and V of refused draft tokens do not count: later steps write over them.
+            refused = len(planned.draft) - len(result.further)
+            sequence.computed = planned.start + len(planned.tokens) - refused
             if planned.score:
                 sequence.mixed |= plan.mixed
             if result.scores:
@@ -508,6 +568,7 @@ class Scheduler:
                 sequence.prompt_top_logprobs.extend(map(pack_tops, result.score_tops))
                 sequence.prompt_ranks.extend(result.score_ranks)
             if not result.finite:
+                sequence.sound = False
                 self.blocks.forget(sequence)
             if result.failure is not None or not result.finite:
                 actions += self._end(sequence)
@@ -519,24 +580,64 @@ class Scheduler:
                     )
                 )
                 continue
+            complete = result.following is ConstraintState.COMPLETE
+            finish = Finish.STOP if complete else None
+            if result.token is not None:
+                made = self._take(sequence, planned, result, complete=complete, charged=charged)
+                updates += made
+                finish = made[-1].finish
+            elif complete:
+                updates.append(SequenceUpdate(sequence, None, None, False, finish))
             self.blocks.publish(sequence)
             self.blocks.give_back(sequence)
-            if (token := result.token) is None and result.following is ConstraintState.COMPLETE:
+            if planned.draft:
+                self.blocks.trim(sequence, len(sequence.tokens))
+            if finish is not None:
                 actions += self._end(sequence)
-                updates.append(SequenceUpdate(sequence, None, None, False, Finish.STOP))
-            if token is None:
+            if result.token is None:
                 self._note_prefill(sequence)
-                continue
+        return updates, actions
+
+    def _take(
+        self,
+        sequence: Sequence,
+        planned: PlannedSequence,
+        result: SequenceResult,
+        *,
+        complete: bool,
+        charged: bool,
+    ) -> list[SequenceUpdate]:
+        """Append the tokens that a step gave a sequence, up to one that ends it; return an
+        update for each.
+
+        Args:
+            complete: whether the constraint allows none after the last one.
+            charged: whether the tokens count for the caller's share.
+        """
+        updates: list[SequenceUpdate] = []
+        given: list[SequenceResult | FurtherToken] = [result, *result.further]
+        for each in given:
+            token = each.token
+            assert token is not None, "a token is sampled after each accepted one"
             sequence.tokens.append(token)
             if charged:
                 sequence.share.charge(OUTPUT_COST * sequence.work)
-            finish = self._finish(sequence, token, result.following is ConstraintState.COMPLETE)
+            finish = self._finish(sequence, token, complete and each is given[-1])
             first = sequence.generated == 1
-            logprob, tops = result.logprob, result.tops
-            updates.append(SequenceUpdate(sequence, token, logprob, first, finish, tops=tops))
+            updates.append(
+                SequenceUpdate(sequence, token, each.logprob, first, finish, tops=each.tops)
+            )
             if finish is not None:
-                actions += self._end(sequence)
-        return updates, actions
+                break
+        if planned.draft:
+            accepted = len(updates) - 1
+            sequence.computed = planned.start + planned.known + accepted
+            for update in updates[:-1]:
+                update.accepted = True
+            updates[0].rejected = len(planned.draft) - accepted
+            if self.speculation is not None:
+                self.speculation.judge(sequence, planned.draft, accepted)
+        return updates
 
     def _finish(self, sequence: Sequence, token: int, complete: bool) -> Finish | None:
         request = sequence.request
@@ -554,6 +655,8 @@ class Scheduler:
         Cheap enough to run after every message."""
         assert not self._by_id, "a sequence that neither runs nor waits"
         self.shares.check_unused()
+        if self.speculation is not None:
+            self.speculation.check_unused()
         self.blocks.check_unused()
         self.residency.check_unused()
 

@@ -67,6 +67,7 @@ class Sequence:
         score_work: extra cost of a prompt token whose log-probability is requested: the
             model's head, and the softmax over the vocabulary.
         turn: number of the turn in which it last decoded, see `Scheduler._choose_in_turns`.
+        sound: False once its logits were not finite.
         share: the share that its service is charged to; set when it is queued.
     """
 
@@ -97,6 +98,7 @@ class Sequence:
     work: float = 1.0
     score_work: float = 0.0
     turn: int = 0
+    sound: bool = True
     share: Share = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -178,12 +180,16 @@ class Sequence:
 
 
 def plan_sequence(
-    sequence: Sequence, count: int, eos: frozenset[int] = frozenset()
+    sequence: Sequence,
+    count: int,
+    eos: frozenset[int] = frozenset(),
+    draft: tuple[int, ...] = (),
 ) -> PlannedSequence:
     """Return the part of ``sequence`` in a step that computes its next ``count`` tokens.
 
     Args:
         eos: the model's own stop tokens.
+        draft: tokens to verify after them, see `PlannedSequence.draft`.
     """
     # Every decoding sequence is planned in every step, so read attributes only once.
     request, known = sequence.request, len(sequence.tokens)
@@ -199,7 +205,7 @@ def plan_sequence(
     return PlannedSequence(
         sequence=sequence.id,
         digest=request.adapter.weights_digest if request.adapter else None,
-        tokens=tokens if end <= known else (*tokens, 0),
+        tokens=(*tokens, *draft) if end <= known else (*tokens, 0),
         start=start,
         blocks=sequence.blocks[:],
         samples=samples,
@@ -214,6 +220,7 @@ def plan_sequence(
         forbidden=_forbidden(sequence, eos) if samples and request.min_tokens else (),
         carries=end > known,
         work=sequence.work,
+        draft=draft,
     )
 
 

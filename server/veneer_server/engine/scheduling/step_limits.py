@@ -36,11 +36,14 @@ class StepCost:
         step_s: time of a step with one token.
         token_s: time of each further token in the step.
         attention_s: time of one token's attention to one earlier token.
+        sampled_s: (rows, seconds) of steps that sample from each of their rows; empty if that
+            was not measured.
     """
 
     step_s: float
     token_s: float
     attention_s: float
+    sampled_s: tuple[tuple[int, float], ...] = ()
 
     @property
     def prefill_beside_decode_s(self) -> float:

@@ -29,6 +29,8 @@ class SequenceUpdate:
         finite: False if its logits were not finite; the sequence has ended.
         tops: the most likely tokens at the new token's position, if requested.
         failure: why its constraint could not be followed; the sequence has ended.
+        accepted: whether the token was drafted.
+        rejected: draft tokens of the step that were not accepted; on its first token.
     """
 
     sequence: Sequence
@@ -39,3 +41,5 @@ class SequenceUpdate:
     finite: bool = True
     tops: Tops | None = None
     failure: ConstraintFailure | None = None
+    accepted: bool = False
+    rejected: int = 0

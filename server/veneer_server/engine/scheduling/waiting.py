@@ -290,7 +290,9 @@ class WaitingSequences:
         Args:
             resident: the resident ones among the adapters that sequences wait for.
         """
-        for digest in (resident ^ self._resident) | self._changed:
+        changed = (resident ^ self._resident) | self._changed
+        # Sorted, since a set's order differs from process to process.
+        for digest in sorted(changed, key=lambda digest: digest or ""):
             ready = digest is None or digest in resident
             for group in self.groups(digest):
                 group.note(ready, now)

@@ -162,21 +162,20 @@ def test_words_of_other_servers() -> None:
     assert "give it, or --host and --port" in both.stderr
 
 
-def test_a_gguf_file_is_no_base_and_what_to_do(tmp_path: Path) -> None:
-    done = command(
-        *("--model", str(tmp_path / "my model.gguf"), "--data-dir", str(tmp_path / "data")),
-        *(
-            "--listen",
-            "127.0.0.1:0",
-            "--metrics-listen",
-            "",
-            "--cache-dir",
-            str(tmp_path / "c"),
-        ),
+def test_a_gguf_file_that_cannot_be_served_is_refused_with_the_reason(tmp_path: Path) -> None:
+    more = (
+        *("--data-dir", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "c")),
+        *("--listen", "127.0.0.1:0", "--metrics-listen", ""),
     )
+    file = tmp_path / "my model.gguf"
+    done = command("--model", str(file), *more)
     assert done.returncode == 1
-    assert f"veneer-train import-gguf '{tmp_path}/my model.gguf'" in done.stderr
-    assert done.stderr.rstrip().endswith("--out 'my model'")
+    assert f"there is no file {str(file)!r}" in done.stderr
+    file.write_bytes(b"GGUF" + bytes(100))
+    done = command("--model", str(file), *more)
+    assert done.returncode == 1
+    assert "my model.gguf is GGUF version 0" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,8 @@ def test_a_follower_needs_its_registry_and_sends_no_key_in_the_clear(tmp_path: P
         ("backend", {"backend": "cuda", "device": "cpu"}),
         ("backend", {"backend": "native", "device": "cuda"}),
         ("backend", {"backend": "native", "dtype": "float32"}),
+        ("speculation", {"speculation": "on", "backend": "torch"}),
+        ("speculation", {"speculation": "on", "backend": "cuda", "device": "cuda"}),
         ("int8_activations", {"int8_activations": "true", "backend": "torch"}),
         ("int8_activations", {"int8_activations": "true", "device": "cuda"}),
         ("int8_activations", {"int8_activations": "true", "dtype": "float16"}),
@@ -268,5 +270,7 @@ def test_settings_that_go_together() -> None:
         {"backend": "cuda"},
         {"backend": "native", "int8_activations": "true", "device": "cpu"},
         {"backend": "torch", "dtype": "float32"},
+        {"backend": "torch", "speculation": "auto"},
+        {"speculation": "on"},
     ):
         load_config(flags, {})

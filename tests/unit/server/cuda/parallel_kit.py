@@ -72,7 +72,7 @@ def base(dtype: torch.dtype = torch.float32, config: DecoderConfig = CONFIG) -> 
         config=c,
         dtype=dtype,
         device=torch.device("cpu"),
-        embedding=embedding,
+        dense_embedding=embedding,
         dense_head=embedding,
         final_norm=torch.ones(c.hidden_size),
         layers=layers,

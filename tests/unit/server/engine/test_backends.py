@@ -14,6 +14,7 @@ from veneer_server.backends.torch.decoder import Decoder
 from veneer_server.engine.execution.backend_choice import BackendUnavailable, Chosen, choose
 from veneer_server.wire.messages import EngineConfig
 
+from tests import quantized_files
 from tests.backends_ran import native_possible
 from tests.kernels_once import forms_built
 from tests.refused import refused
@@ -67,6 +68,17 @@ def test_another_dtype_is_torch_s(base: Path, tmp_path: Path) -> None:
     found = asked(base, tmp_path, torch.float32, backend="auto")
     assert found.name == "torch"
     assert "bfloat16, not in float32" in found.why_not_native
+
+
+def test_a_base_in_codes_is_torch_s(base: Path, tmp_path: Path) -> None:
+    folder = quantized_files.write_folder(base, tmp_path / "awq", quantized_files.awq)
+    found = asked(folder, tmp_path, backend="auto")
+    assert found.name == "torch"
+    assert "stored as awq" in found.why_not_native
+    with pytest.raises(BackendUnavailable, match="stored as awq"):
+        asked(folder, tmp_path, backend="native")
+    with refused(BackendUnavailable):
+        asked(folder, tmp_path, backend="auto", int8_activations=True)
 
 
 @pytest.mark.parametrize("backend", ["auto", "native", "torch"])

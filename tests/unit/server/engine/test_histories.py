@@ -38,6 +38,7 @@ from veneer_server.engine.scheduling import (
     prefill_room,
     prefix_cache,
     scheduler,
+    speculation,
 )
 from veneer_server.engine.scheduling.admission import Admission
 from veneer_server.engine.scheduling.block_manager import BlockManager
@@ -77,6 +78,7 @@ class Ask:
         new: tokens it wants.
         alone: it takes no part in the prefix cache.
         scores: it wants its prompt's log-probabilities.
+        expects: for each of its first tokens, whether it says beforehand what it will be.
     """
 
     prefix: int
@@ -87,6 +89,7 @@ class Ask:
     priority: int
     alone: bool
     scores: bool
+    expects: list[bool]
 
 
 ASKS = st.builds(
@@ -99,6 +102,7 @@ ASKS = st.builds(
     priority=st.sampled_from([0, 0, 0, -1]),
     alone=SOMETIMES,
     scores=SOMETIMES,
+    expects=st.just([]) | st.lists(st.integers(0, 4).map(bool), max_size=20),
 )
 
 
@@ -133,6 +137,7 @@ class Histories(RuleBasedStateMachine):
         tight=st.booleans(),
         no_prefix_cache=SOMETIMES,
         calm=st.booleans(),
+        drafts=st.sampled_from([True, True, False]),
         texts=st.lists(TEXTS, min_size=3, max_size=3),
     )
     def begin(
@@ -172,6 +177,10 @@ class Histories(RuleBasedStateMachine):
                 share=not ask.alone,
                 scores=ask.scores,
                 penalties=number % 3 == 0,
+                expected=[
+                    token_of(number, len(prompt) + at) if known else 3
+                    for at, known in enumerate(ask.expects)
+                ],
             )
         except AdapterBudgetExceeded:
             return
@@ -261,6 +270,7 @@ class Histories(RuleBasedStateMachine):
         world.drain()
         assert not world.live
         assert world.scheduler.blocks.used == 0
+        world.scheduler.check_unused()
         world.plan_adapters()
         for tier in ("host", "device"):
             held, most = world.bytes_held(tier), world.most_bytes(tier)
@@ -280,6 +290,10 @@ class Histories(RuleBasedStateMachine):
             shrinks=world.shrinks,
             drains=world.drains,
             given_back=world.given_back,
+            accepted=world.accepted,
+            rejected=world.rejected,
+            redone=world.redone,
+            from_others=world.from_others,
         )
 
 
@@ -306,13 +320,17 @@ def test_random_histories() -> None:
     print(dict(seen))
     assert seen["histories"] >= HISTORIES
     assert seen["cached_reads"] > 5 * HISTORIES
-    assert seen["preempted"] > HISTORIES / 4
+    assert seen["preempted"] > HISTORIES / 8
     assert seen["finished"] > 5 * HISTORIES
     assert seen["bounds_met"] > 2.5 * HISTORIES
     assert seen["penalties"] > 2.5 * HISTORIES
     assert seen["shrinks"] > HISTORIES / 10
     assert seen["drains"] > HISTORIES / 10
     assert seen["given_back"] > 2.5 * HISTORIES
+    assert seen["accepted"] > HISTORIES
+    assert seen["rejected"] > HISTORIES
+    assert seen["redone"] > 0
+    assert seen["from_others"] > HISTORIES / 20
 
 
 # ------------------------------------------------------------------- planted bugs
@@ -627,6 +645,47 @@ def _a_window_is_counted_without_its_chunk(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _refused_draft_tokens_stay_in_the_cache(patch: pytest.MonkeyPatch) -> None:
+    _edit(
+        patch,
+        scheduler,
+        "sequence.computed = planned.start + planned.known + accepted",
+        "sequence.computed = min(len(sequence.tokens), planned.start + len(planned.tokens))",
+    )
+
+
+def _drafts_of(whom: str, key: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        old = "return sequence.request.tenant, sequence.request.cache_scope, sequence.digest"
+        _edit(patch, speculation, old, f"return {key}")
+
+    plant.__name__ = f"drafts_of_{whom.replace(' ', '_')}"
+    return plant
+
+
+def _answers_are_kept_though_not_shared(patch: pytest.MonkeyPatch) -> None:
+    _edit(
+        patch, speculation, "if keep and sequence.request.use_prefix_cache and", "if keep and"
+    )
+
+
+def _blocks_for_drafts_are_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "trim", lambda self, sequence, tokens: None)
+
+
+def _drafts_take_the_last_blocks(patch: pytest.MonkeyPatch) -> None:
+    _edit(patch, scheduler, "len(draft), spare=spare", "len(draft), spare=0")
+
+
+def _a_broken_draft_ends_its_sequence(patch: pytest.MonkeyPatch) -> None:
+    _edit(
+        patch,
+        scheduler,
+        "self.speculation.stop(sequence)\n                self._preempt(sequence)",
+        "actions += self._end(sequence)",
+    )
+
+
 BUGS = [
     _sampled_tokens_count_as_computed,
     _chunks_ignore_the_budget,
@@ -661,6 +720,15 @@ BUGS = [
     _given_back_blocks_stay_taken,
     _nothing_is_given_back,
     _a_window_is_counted_without_its_chunk,
+    _refused_draft_tokens_stay_in_the_cache,
+    _drafts_of("another tenant", '"", "", sequence.digest'),
+    _drafts_of(
+        "another adapter", "sequence.request.tenant, sequence.request.cache_scope, None"
+    ),
+    _answers_are_kept_though_not_shared,
+    _blocks_for_drafts_are_kept,
+    _drafts_take_the_last_blocks,
+    _a_broken_draft_ends_its_sequence,
 ]
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from veneer_server.engine.scheduling.speculation import Speculation
 from veneer_server.wire.messages import EngineConfig
 
 from tests.engine_harness import EngineHarness, engine
 from tests.torture.forms import Form, forms
+from tests.unit.server.engine.world import FreeSteps
 from tests.unit.server.test_decoder import SHAPES, save_random
 
 POISON = 7
@@ -83,6 +85,30 @@ def test_a_long_prompt_fails_at_the_chunk_that_went_wrong(tiny: EngineHarness) -
     assert wrong.error == "NON_FINITE_OUTPUT"
     assert tiny.loop.steps == steps + 1
     assert tiny.scheduler.blocks.cached == 0
+
+
+def test_a_draft_that_goes_wrong_is_not_noticed(tiny: EngineHarness, form: Form) -> None:
+    """Its NaN is in the same step and the same KV block as good rows, and reaches nothing."""
+    if not form.native:
+        pytest.skip("speculation needs rows that do not depend on the rows beside them")
+    healthy = {"prompt": [3, 4, 5], "max_tokens": 12, "logprobs": True, "ignore_eos": True}
+    (plain,) = tiny.run([healthy])
+    speculation = Speculation([(1, 1.0)])
+    speculation.times = FreeSteps([(1, 1.0)])
+    tiny.reconfigure()
+    tiny.scheduler.speculation = speculation
+    for wrong in range(8):
+        expected = [*plain.tokens[:wrong], POISON, *plain.tokens[wrong:]]
+        (drafted,) = tiny.run([healthy | {"prediction": expected}])
+        assert drafted.error is None
+        assert (drafted.tokens, drafted.logprobs) == (plain.tokens, plain.logprobs)
+        # A caller's own NaN ends the sequence as ever.
+        (own,) = tiny.run([{"prompt": [3, 4, POISON], "prediction": expected}])
+        assert own.error == "NON_FINITE_OUTPUT"
+    assert speculation.drafted == 0, "nothing of those drafts counts"
+    for _ in range(KV_BLOCKS):
+        (after,) = tiny.run([healthy])
+        assert (after.tokens, after.logprobs) == (plain.tokens, plain.logprobs)
 
 
 def test_nothing_of_a_sequence_that_went_wrong_is_found_again(tiny: EngineHarness) -> None:

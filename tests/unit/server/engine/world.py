@@ -14,7 +14,7 @@ A token is a function of its sequence and position, so mixed-up results are dete
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,9 +23,10 @@ from veneer_server.engine.residency.tiers import Action, Drop, Load, MemoryTier
 from veneer_server.engine.scheduling.block_manager import BlockManager
 from veneer_server.engine.scheduling.scheduler import Scheduler
 from veneer_server.engine.scheduling.sequence import Finish, Sequence, SequenceState
+from veneer_server.engine.scheduling.speculation import Speculation, StepTimes
 from veneer_server.engine.scheduling.step_limits import FIXED_CHUNK, SchedulerLimits
 from veneer_server.queues.fairness import Sender
-from veneer_server.step.plan import PlannedSequence, SequenceResult, StepPlan
+from veneer_server.step.plan import FurtherToken, PlannedSequence, SequenceResult, StepPlan
 from veneer_server.wire.messages import (
     AdapterSource,
     EvictMode,
@@ -43,7 +44,17 @@ def adapter(name: str, size: int = SIZE) -> AdapterSource:
 
 
 def token_of(sequence: int, position: int) -> int:
-    return 100 * sequence + position
+    """Every fifth sequence says the same as the others of these, so that drafts from their
+    answers are right."""
+    return 9 + position if sequence % 5 == 4 else 100 * sequence + position
+
+
+class FreeSteps(StepTimes):
+    """Says that steps take no longer for having more rows, so that every draft is verified as
+    far as there is room, whatever was measured."""
+
+    def seconds(self, rows: int) -> float:
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class World:
     exact: bool = False
     prefix_cache: bool = True
     window: int | None = None
+    drafts: bool = False
     now: float = 0.0
     pending: list[tuple[str, str]] = field(default_factory=list)
     outputs: dict[int, list[int]] = field(default_factory=dict)
@@ -126,6 +138,18 @@ class World:
     given_back: int = 0
     """Number of plans of sequences that no longer have all their blocks."""
 
+    accepted: int = 0
+    rejected: int = 0
+    """Draft tokens."""
+    redone: int = 0
+    """Number of drafts whose rows were not finite."""
+    from_others: int = 0
+    """Number of drafts with other sequences' answers."""
+    visible: dict[tuple[str, str, str | None], set[int]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+    """Tokens of sequences that share them, by tenant, scope and adapter."""
+
     def __post_init__(self) -> None:
         self.residency = Residency(self.host, self.device, itemsize=1, shared=self.shared)
         self.limits = SchedulerLimits(
@@ -149,7 +173,13 @@ class World:
             ),
             self.residency,
             frozenset({0}),
+            self._speculation() if self.drafts and not self.exact else None,
         )
+
+    def _speculation(self) -> Speculation:
+        speculation = Speculation([(1, 1.0)], frozenset({0}))
+        speculation.times = FreeSteps([(1, 1.0)])
+        return speculation
 
     # ------------------------------------------------------------ requests
 
@@ -172,6 +202,7 @@ class World:
         weight: float = 1.0,
         priority: int = 0,
         key: str = "",
+        expected: Iterable[int] = (),
     ) -> Sequence:
         request = SequenceRequest(
             sender=Sender(tenant, key),
@@ -185,6 +216,7 @@ class World:
             tenant=tenant,
             weight=weight,
             priority=priority,
+            prediction=[*expected],
         )
         if all(s.place < 0 or s.request.tenant != tenant for s in self.scheduler.queue):
             self.load_turns[tenant] = self._next_turn()
@@ -194,8 +226,13 @@ class World:
         self.least[number] = Least(least, self.computed, self.ended_early)
         self.scheduler.add(sequence)
         self.live[number] = sequence
+        self._show(sequence, prompt)
         self.outputs[number] = []
         return sequence
+
+    def _show(self, sequence: Sequence, tokens: Iterable[int]) -> None:
+        if sequence.request.use_prefix_cache:
+            self.visible[_reader(sequence)].update(tokens)
 
     def _next_turn(self) -> int:
         return 1 + max(self.load_turns.values(), default=0)
@@ -423,6 +460,9 @@ class World:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
+        for sequence in self.live.values():
+            needed = self.scheduler.blocks.blocks_for(len(sequence.tokens))
+            assert len(sequence.blocks) <= needed, f"{sequence.id} keeps a block for a draft"
         used = {block for s in self.live.values() for block in s.blocks} - {0}
         assert self.scheduler.blocks.used == len(used)
         for sequence in self.live.values():
@@ -458,7 +498,26 @@ class World:
         self._check_order(queue, resident)
         if plan is not None:
             self._check_plan(plan, running)
+            if any(p.draft for p in plan.sequences):
+                assert not preempted, "a draft in a step without room"
+                self._check_drafts(plan)
         return plan
+
+    def _check_drafts(self, plan: StepPlan) -> None:
+        """Check that drafts take no block that others soon need, and no token that its sequence
+        must not see."""
+        for p in plan.sequences:
+            if not p.draft:
+                continue
+            sequence = self.live[p.sequence]
+            if len(p.blocks) > self.scheduler.blocks.blocks_for(len(sequence.tokens)):
+                assert self.scheduler.blocks.free >= self.scheduler.running
+            foreign = {*p.draft}.difference(sequence.tokens, sequence.request.prediction)
+            if foreign:
+                assert sequence.request.use_prefix_cache, "it asked not to share"
+                stray = foreign - self.visible[_reader(sequence)]
+                assert not stray, f"{p.sequence} is drafted from what it must not see"
+                self.from_others += 1
 
     def _end_turns(self, queue: list[Sequence], started: list[int]) -> None:
         left = [s for s in queue if s.id not in self.preempted]
@@ -548,7 +607,7 @@ class World:
             if sequence.state is SequenceState.RUNNING and sequence.work <= 1:
                 assert sequence.id in planned, f"{sequence.id} decodes and was left out"
         others = [p for p in plan.sequences if p.sequence not in {s.id for s in decoding}]
-        prefill = sum(len(p.tokens) for p in others)
+        prefill = sum(len(p.tokens) - len(p.draft) for p in others)
         slack = FIXED_CHUNK if self.exact else 0
         assert plan.rows <= self.budget + slack
         if len(others) < len(plan.sequences):
@@ -570,20 +629,21 @@ class World:
         bad = None if poison is None else plan.sequences[poison % len(plan.sequences)].sequence
         for p in plan.sequences:
             self._write(p, p.sequence == bad)
-        results = tuple(
-            SequenceResult(
-                token=(
-                    token_of(p.sequence, p.position)
-                    if p.samples and p.sequence != bad
-                    else None
-                ),
-                scores=(-1.0,) * len(p.score),
-                finite=p.sequence != bad,
-            )
-            for p in plan.sequences
-        )
+        results = tuple(self._result(p, bad=p.sequence == bad) for p in plan.sequences)
+        redone = {p.sequence for p in plan.sequences if p.draft and p.sequence == bad}
+        if redone:
+            self.redone += 1
+            self.preempted |= redone
+            bad = None  # it is computed again, without a draft
         doubtful = set(self.live[bad].blocks) if bad is not None else set()
         updates, actions = self.scheduler.update(plan, results)
+        for p in plan.sequences:
+            sequence = self.live[p.sequence]
+            for position in range(p.start, sequence.computed if p.draft else 0):
+                cell = self.pool[self._slot(p, position)]
+                assert cell.content == self._content(sequence, position), (
+                    f"{p.sequence} keeps a refused token at position {position}"
+                )
         self.carry_out(actions)
         for update in updates:
             number = update.sequence.id
@@ -595,6 +655,7 @@ class World:
                 continue
             assert update.token is not None
             self.outputs[number].append(update.token)
+            self._show(update.sequence, [update.token])
             if update.first:
                 self._check_least(number)
             if update.first and update.sequence.request.prompt_logprobs:
@@ -603,6 +664,20 @@ class World:
             if update.finish is not None:
                 self.finished[number] = update.finish
                 self.live.pop(number)
+
+    def _result(self, p: PlannedSequence, *, bad: bool) -> SequenceResult:
+        """The result of a runner: a token after each draft token that is right."""
+        if bad:
+            return SequenceResult(finite=bool(p.draft), redo=bool(p.draft))
+        if not p.samples:
+            return SequenceResult(scores=(-1.0,) * len(p.score))
+        sampled = [token_of(p.sequence, p.position + i) for i in range(len(p.draft) + 1)]
+        pairs = zip(p.draft, sampled, strict=False)
+        right = next((i for i, (one, other) in enumerate(pairs) if one != other), len(p.draft))
+        self.accepted += right
+        self.rejected += len(p.draft) - right
+        further = [FurtherToken(token) for token in sampled[1 : right + 1]]
+        return SequenceResult(sampled[0], scores=(-1.0,) * len(p.score), further=further)
 
     def _check_least(self, number: int) -> None:
         """Check that a deadline refused by `least_tokens` could not have been met."""
@@ -620,14 +695,14 @@ class World:
     def _slot(self, p: PlannedSequence, position: int) -> int:
         return p.blocks[position // BLOCK] * BLOCK + position % BLOCK
 
-    def _content(self, sequence: Sequence, position: int) -> int:
-        scope = sequence.request.cache_scope
-        return hash((scope, sequence.digest, tuple(sequence.tokens[: position + 1])))
+    def _content(self, sequence: Sequence, position: int, draft: tuple[int, ...] = ()) -> int:
+        scope, tokens = sequence.request.cache_scope, (*sequence.tokens, *draft)
+        return hash((scope, sequence.digest, tokens[: position + 1]))
 
     def _check_reads(self, p: PlannedSequence) -> None:
         sequence = self.live[p.sequence]
-        end = p.start + len(p.tokens)
-        assert p.tokens == tuple(sequence.tokens[p.start : end])
+        end = p.start + len(p.tokens) - len(p.draft)
+        assert p.tokens == (*sequence.tokens[p.start : end], *p.draft)
         assert p.samples == (end == len(sequence.tokens))
         assert p.position == len(sequence.tokens)
         self._check_history(p, sequence)
@@ -664,8 +739,13 @@ class World:
             slot = self._slot(p, position)
             assert slot // BLOCK, f"{p.sequence} writes to the padding block"
             assert slot // BLOCK not in taken, f"{p.sequence} writes to a shared block"
-            content = None if bad else self._content(sequence, position)
+            content = None if bad else self._content(sequence, position, p.draft)
             self.pool[slot] = Cell(content, p.sequence, sequence.request.use_prefix_cache)
+
+
+def _reader(sequence: Sequence) -> tuple[str, str, str | None]:
+    """Those with the same may see each other's tokens in drafts."""
+    return sequence.request.tenant, sequence.request.cache_scope, sequence.digest
 
 
 def _order(sequence: Sequence) -> tuple[bool, float, int]:

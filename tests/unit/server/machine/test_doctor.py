@@ -66,6 +66,8 @@ def test_a_healthy_machine_by_the_command(flags: dict[str, str]) -> None:
     step = found.get("native kernels")
     by = "native" if step is not None and step["status"] == "ok" else "torch"
     assert found["backend"]["found"].startswith(f"the {by} backend on the CPU")
+    if by == "native":
+        assert "--int8-activations would" in found["8-bit inputs"]["found"]
     assert "agrees" in found["4-bit matmul"]["found"]
     assert found["torch"]["found"]
     assert "auto: " in found["memory"]["found"], "what the KV cache's size goes by"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -550,6 +551,19 @@ def test_fields_that_would_change_the_answer(name: str) -> None:
     error = refusal(**{name: ["something"]})
     assert error.metadata["field"] == name
     assert error.message == f"{name} is not supported: {instead}"
+
+
+def test_the_answer_that_a_caller_expects_is_text_or_parts_of_text() -> None:
+    parts = [{"type": "text", "text": text} for text in ("a = 1\n", "b = 2")]
+    for content in ("a = 1\nb = 2", parts):
+        sent = {"type": "content", "content": content}
+        assert chat(prediction=sent) == replace(chat(), prediction="a = 1\nb = 2")
+        assert completions(prediction=sent)[0].prediction == "a = 1\nb = 2"
+    assert chat(prediction=None) == chat(prediction={"content": ""}) == chat()
+    for content in ([{"type": "image_url"}], [{"type": "text"}], [{"type": "text", "text": 1}]):
+        error = refusal(prediction={"type": "content", "content": content})
+        assert error.metadata["field"] == "prediction.content"
+    assert refusal(prediction={"type": "other", "content": "a"}).metadata["field"]
 
 
 def test_fields_that_change_nothing() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import os
 import ssl
@@ -68,6 +69,18 @@ scgi_temp_path {folder}/scgi;
 {given}
 }}
 """
+# Where a proxy says what its health checks found. A retry of HAProxy's waits for a second.
+ASKED_HAPROXY = """\
+global
+    stats socket {folder}/asked
+defaults
+    retries 0
+"""
+ASKED_ENVOY = """\
+admin:
+  address: {{pipe: {{path: {folder}/asked}}}}
+static_resources:
+"""
 
 
 def configuration(proxy: str, folder: Path, pki: Pki, ports: dict[str, str]) -> str:
@@ -86,9 +99,10 @@ def configuration(proxy: str, folder: Path, pki: Pki, ports: dict[str, str]) -> 
         }
     else:
         changes |= {"/etc/ssl/chat.pem": pki.cert, "/etc/ssl/chat.key": pki.key}
-    if proxy == "haproxy":  # it asks again three times, with a second between
-        changes |= {"inter 2s": "inter 50ms", "defaults\n": "defaults\n    retries 0\n"}
-    changes |= {"interval: 2s": "interval: 0.05s"} if proxy == "envoy" else {}
+    if proxy == "haproxy":
+        changes |= {"defaults\n": ASKED_HAPROXY.format(folder=folder)}
+    elif proxy == "envoy":
+        changes |= {"static_resources:\n": ASKED_ENVOY.format(folder=folder)}
     for old, new in changes.items():
         assert old in text, f"the page's configuration for {proxy} has no {old!r}"
         text = text.replace(old, new)
@@ -98,9 +112,10 @@ def configuration(proxy: str, folder: Path, pki: Pki, ports: dict[str, str]) -> 
 class Proxy:
     """A running proxy, and clients that trust its certificate."""
 
-    def __init__(self, port: int, pki: Pki) -> None:
+    def __init__(self, port: int, pki: Pki, asked: Path) -> None:
         self._port = port
         self._pki = pki
+        self._asked = asked
 
     @asynccontextmanager
     async def http(self, **more: Any) -> AsyncIterator[httpx.AsyncClient]:
@@ -122,6 +137,28 @@ class Proxy:
             f"127.0.0.1:{self._port}", trusting, options
         ) as channel:
             yield adapters_pb2_grpc.AdapterServiceStub(channel)
+
+    async def checks_of_haproxy(self) -> dict[str, str]:
+        """The last result of each backend's health check; ``INI`` before the first."""
+        reader, writer = await asyncio.open_unix_connection(self._asked)
+        writer.write(b"show stat\n")
+        rows = csv.DictReader((await reader.read()).decode().lstrip("# ").splitlines())
+        writer.close()
+        return {row["pxname"]: row["check_status"] for row in rows if row["svname"] == "one"}
+
+    async def checks_of_envoy(self) -> dict[str, str]:
+        """The last result of each cluster's health check; ``INI`` before the first."""
+        transport = httpx.AsyncHTTPTransport(uds=str(self._asked))
+        async with httpx.AsyncClient(transport=transport, base_url="http://envoy") as http:
+            stats = (await http.get("/stats?filter=health_check.(success|failure)$")).text
+        found: dict[str, dict[str, int]] = {}
+        for line in stats.splitlines():
+            _, cluster, _, name = line.split(":")[0].split(".")
+            found.setdefault(cluster, {})[name] = int(line.split(": ")[1])
+        return {
+            cluster: "L7OK" if counts["success"] else "FAILED" if counts["failure"] else "INI"
+            for cluster, counts in found.items()
+        }
 
 
 class _AtLoopback(httpx.AsyncHTTPTransport):
@@ -168,7 +205,7 @@ async def behind(proxy: str, front: Front, folder: Path) -> AsyncIterator[Proxy]
             stdout=output,
             stderr=output,
         )
-    running_proxy = Proxy(port, pki)
+    running_proxy = Proxy(port, pki, folder / "asked")
     try:
         async with running_proxy.http() as http, asyncio.timeout(30):
             while True:
@@ -280,6 +317,19 @@ async def test_no_header_says_who_calls(proxy: Proxy, front: Front, tmp_path: Pa
     (line,) = [line for line in audit.read_text().splitlines() if mine in line]
     assert "192.0.2.7" not in line
     assert "127.0.0.1" in json.loads(line)["from"]
+
+
+@pytest.mark.push
+@pytest.mark.parametrize("name", ["haproxy", "envoy"])
+async def test_the_health_checks_find_the_server_healthy(
+    module_front: Front, tmp_path: Path, name: str
+) -> None:
+    """nginx has none."""
+    async with behind(name, module_front, tmp_path) as proxy, asyncio.timeout(30):
+        ask = proxy.checks_of_haproxy if name == "haproxy" else proxy.checks_of_envoy
+        while "INI" in (checks := await ask()).values():  # noqa: ASYNC110 - in a proxy
+            await asyncio.sleep(0.05)
+    assert checks == {"veneer_http": "L7OK", "veneer_grpc": "L7OK"}
 
 
 @pytest.mark.push

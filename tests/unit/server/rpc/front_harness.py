@@ -59,6 +59,8 @@ class Front:
     data_dir: Path
     ready: asyncio.Event
     task: asyncio.Task[None]
+    told: list[str] = field(default_factory=list)
+    """Ready lines."""
     inference: Any = field(init=False)
     adapters: Any = field(init=False)
     server: Any = field(init=False)
@@ -215,7 +217,13 @@ async def running(
         return engines[0]
 
     ready, made = asyncio.Event(), asyncio.Event()
-    app = App(config, lambda line: ready.set(), make_engine, read_upload)
+    told: list[str] = []
+
+    def announce(line: str) -> None:
+        told.append(line)
+        ready.set()
+
+    app = App(config, announce, make_engine, read_upload)
     task = asyncio.create_task(app.run())
     waiting = asyncio.create_task((made if loading else ready).wait())
     await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -234,7 +242,7 @@ async def running(
     async with connecting as channel:
         await channel.channel_ready()
         try:
-            yield Front(app, engines[0], channel, addresses, config.data_dir, ready, task)
+            yield Front(app, engines[0], channel, addresses, config.data_dir, ready, task, told)
         finally:  # a server that is still running would crash the interpreter at exit
             app.stop()
             if engines[0].pace is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -19,6 +20,7 @@ from veneer_server.doors import CannotListen
 from veneer_server.rpc.server_service import SERVICES
 
 from tests.refused import refused
+from tests.unit.server.rpc.fake_engine import FakeEngine
 from tests.unit.server.rpc.front_harness import (
     Front,
     failure,
@@ -265,3 +267,20 @@ async def test_metrics_can_be_off(flags: dict[str, Path]) -> None:
         assert front.addresses["metrics"] == ""
         with contextlib.suppress(KeyError):
             await front.inference.Generate(prompt())
+
+
+class Telling(FakeEngine):
+    """A FAKE engine on a CPU that would gain from inputs of 8 bits."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.info = msgspec.structs.replace(self.info, int8_gain="8 bits would be faster")
+
+
+async def test_the_ready_line_says_what_inputs_of_8_bits_would_gain(
+    base_folder: Path, front_cache: Path, tmp_path: Path
+) -> None:
+    async with running(base_folder, front_cache, tmp_path / "a", engine=Telling) as front:
+        assert front.told[0].endswith("  note: 8 bits would be faster")
+    async with running(base_folder, front_cache, tmp_path / "b") as front:
+        assert "note:" not in front.told[0]

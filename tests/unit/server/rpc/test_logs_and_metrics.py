@@ -201,6 +201,7 @@ def test_engine_events() -> None:
     metrics.engine_health(True)
     metrics.on_event(StepDone(1, 0.1, 8, 2, 1))
     metrics.on_event(StepDone(2, 0.1, 8, 0, 1, prefix_asked=40, prefix_found=16))
+    metrics.on_event(StepDone(3, 0.1, 0, 1, 1, drafted=5, accepted=3))
     metrics.on_event(Occupancy(3, 4, 1, 1, 4, kv_blocks_cached=2))
     found = exposed(metrics)
     assert found['veneer_adapters_resident{tier="device"}'] == 1
@@ -213,7 +214,9 @@ def test_engine_events() -> None:
     assert found["veneer_engine_healthy"] == 1
     assert found['veneer_step_seconds_count{phase="mixed"}'] == 1
     assert found['veneer_step_seconds_count{phase="prefill"}'] == 1
-    assert found["veneer_step_batch_rows_sum"] == 18
+    assert found["veneer_step_batch_rows_sum"] == 18 + 6
+    assert found["veneer_speculation_drafted_tokens_total"] == 5
+    assert found["veneer_speculation_accepted_tokens_total"] == 3
     assert found["veneer_num_requests_waiting"] == 4
     assert found["veneer_kv_cache_usage_ratio"] == 0.25
     assert found["veneer_prefix_cache_usage_ratio"] == 0.5
