@@ -47,7 +47,7 @@ def no_kernels_check() -> Check:
         "kernels",
         "problem",
         "installed: bitsandbytes would download native code from a hub with it",
-        "pip uninstall kernels",
+        "pip uninstall kernels, and pip install 'transformers<5.25', which does not need it",
     )
 
 

@@ -164,7 +164,8 @@ def test_the_kernels_package_must_be_absent(
     assert checks(**flags)["kernels"].status == "ok"
     monkeypatch.setattr(machine, "find_spec", lambda name: object())
     check = checks(**flags)["kernels"]
-    assert (check.status, check.fix) == ("problem", "pip uninstall kernels")
+    assert check.status == "problem"
+    assert "pip uninstall kernels" in check.fix
 
 
 @pytest.mark.usefixtures("quick")

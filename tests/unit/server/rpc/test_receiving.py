@@ -375,7 +375,17 @@ async def test_connections_beyond_the_bound_are_closed_and_room_is_given_back(
     async with running(base_folder, front_cache, tmp_path, max_connections="8") as front:
         opened = [await Connection.open(front.addresses["grpc"]) for _ in range(12)]
         await until(lambda: sum(connection.lost.is_set() for connection in opened) >= 4)
-        assert (await front.inference.Generate(prompt())).token_ids
+
+        async def answered() -> bool:
+            """Its own connection was idle too, and may be closed as the call is sent."""
+            try:
+                return bool((await front.inference.Generate(prompt())).token_ids)
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                    raise
+                return False
+
+        assert await answered() or await answered()
         for connection in opened:
             connection.close()
 
