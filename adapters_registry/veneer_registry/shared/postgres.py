@@ -33,9 +33,9 @@ CONNECT_S: Final = 5
 ANSWER_S: Final = 30.0
 """Seconds within which the database must answer. After that the connection counts as lost: a
 stopped server still acknowledges packets, so the kernel does not notice."""
-HOLD_S: Final = 30.0
+HOLD_S: Final = 20.0
 """Seconds without a statement after which PostgreSQL ends a session that may hold a lock: its
-registry may be paused."""
+registry may be paused. With what follows, others wait for less than 30 s."""
 LOCK_S: Final = 20
 """Seconds to wait for another process to finish its change."""
 RETRY_S: Final = 2.0
