@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -49,11 +50,13 @@ def registry(data: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> Callable[[int], Path]:
-    """Folder of adapter number n, with different tensors for each n."""
+    """Folder of adapter number n, with different tensors for each n. For any thread."""
+    lock = threading.Lock()
 
     def make(number: int) -> Path:
         folder = tmp_path / f"adapter-{number}"
-        return folder if folder.exists() else make_adapter(folder, seed=number)
+        with lock:
+            return folder if folder.exists() else make_adapter(folder, seed=number)
 
     return make
 
