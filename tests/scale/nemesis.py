@@ -56,6 +56,9 @@ KINDS: Final = {
 _STILL_HEARD_S: Final = 1.5
 """A follower whose link is less late than this does not connect again, and keeps its lease."""
 
+_START_S: Final = 20.0
+"""An engine that has not started by then waits for its registry."""
+
 S3_KINDS: Final = ("error", "refuse", "rot", "rot", "cut", "lose", "hang")
 
 
@@ -226,7 +229,8 @@ class Nemesis:
                 # It may wait for its registry: it does not know how old its copy is if its
                 # clock was set back.
                 starting = asyncio.ensure_future(self._kill(on, 0))
-                await asyncio.sleep(2 * step.for_s)
+                await asyncio.wait([starting], timeout=_START_S)
+                await asyncio.sleep(step.for_s)  # it answers meanwhile
                 cluster.to_registry[on].heal()
                 await starting
             case "partition from PostgreSQL":

@@ -63,7 +63,11 @@ async def attack(target: Target) -> list[str]:
                     await call.write(replication_pb2.FollowRequest(start=start))
                     await call.read()
                 elif "upload" not in calls.values():  # a tenant may have only few uploads
-                    call = adapters.UploadAdapter(_begun(), metadata=leaver)
+                    written = asyncio.Event()
+                    call = adapters.UploadAdapter(_begun(written), metadata=leaver)
+                    # grpc.aio tells INTERNAL if a call ends before its first write did.
+                    async with asyncio.timeout(LIMIT_S):
+                        await written.wait()
                 else:
                     continue
                 calls[call] = kind
@@ -76,12 +80,13 @@ async def attack(target: Target) -> list[str]:
     return wrong
 
 
-async def _begun() -> AsyncIterator[Any]:
+async def _begun(written: asyncio.Event) -> AsyncIterator[Any]:
     """Begin an upload whose files never come."""
     spec = adapters_pb2.UploadSpec(name="leaver")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         spec.files.add(name=name, size=1000, sha256="0" * 64)
     yield adapters_pb2.UploadAdapterRequest(spec=spec)
+    written.set()
     await asyncio.Event().wait()
 
 
