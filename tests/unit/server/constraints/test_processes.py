@@ -30,6 +30,7 @@ from veneer_server.wire.messages import (
 )
 
 from tests.attacks.hostile_constraints import HOSTILE
+from tests.unit.server.never_slow import never_slow
 
 VOCAB, EOS = 49152, 2
 DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
@@ -103,7 +104,10 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def make(base_folder: Path) -> Iterator[Callable[..., Constraints]]:
+def make(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Constraints]]:
+    never_slow(monkeypatch)
     made: list[Constraints] = []
 
     def begin(**limits: Any) -> Constraints:

@@ -20,6 +20,8 @@ from veneer_server.step.plan import ConstraintState
 from veneer_server.text.tokenizer import TextTokenizer
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
+from tests.unit.server.never_slow import never_slow
+
 VOCAB, EOS = 49152, 2
 PADDED = VOCAB + 40
 """Models often have a few rows of logits more than their tokenizer has tokens."""
@@ -43,10 +45,12 @@ def tokenizer(base_folder: Path) -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def grammars(base_folder: Path) -> Iterator[Grammars]:
-    made = begin(base_folder)
-    assert made.usable()
-    yield made
-    made.close()
+    with pytest.MonkeyPatch.context() as patch:
+        never_slow(patch)
+        made = begin(base_folder)
+        assert made.usable()
+        yield made
+        made.close()
 
 
 def begin(folder: Path, **limits: Any) -> Grammars:
@@ -69,8 +73,6 @@ def allowed(grammars: Grammars, sequence: int) -> NDArray[np.bool_]:
 def advance(grammars: Grammars, sequence: int, token: int) -> bool:
     """Take a token; whether nothing more may follow, however long it takes to know."""
     how = grammars.advance({sequence: token}, time.monotonic() + 60)[sequence]
-    if how is ConstraintState.LATE:
-        how = grammars.ending(sequence)
     return how is ConstraintState.COMPLETE
 
 

@@ -39,6 +39,8 @@ from veneer_server.wire.messages import (
     Submit,
 )
 
+from tests.unit.server.never_slow import never_slow
+
 VOCAB, EOS, BLOCK = 49152, 2, 4
 PEOPLE = Constraint(
     "json_schema",
@@ -85,16 +87,18 @@ INBOXES: list[Inbox] = []
 
 @pytest.fixture(scope="module")
 def grammars(base_folder: Path) -> Iterator[Grammars]:
-    made = Grammars.of_base(
-        base_folder,
-        vocab_size=VOCAB,
-        eos_token_ids=[EOS],
-        limits=ConstraintLimits(),
-        unhold=lambda sequence: INBOXES[-1].put(Unheld(sequence)),
-    )
-    assert made.usable()
-    yield made
-    made.close()
+    with pytest.MonkeyPatch.context() as patch:
+        never_slow(patch)
+        made = Grammars.of_base(
+            base_folder,
+            vocab_size=VOCAB,
+            eos_token_ids=[EOS],
+            limits=ConstraintLimits(),
+            unhold=lambda sequence: INBOXES[-1].put(Unheld(sequence)),
+        )
+        assert made.usable()
+        yield made
+        made.close()
 
 
 def allowed(grammars: Grammars) -> NDArray[np.bool_]:
