@@ -73,12 +73,14 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 @dataclass(slots=True)
 class _Matched:
-    """A sequence. ``grown``: bytes by which the process grew during its jobs."""
+    """A sequence. ``grown``: bytes by which the process grew during its jobs. ``compiled``:
+    bytes of its compiled constraint, which others may share."""
 
     matcher: LLMatcher | None = None
     count: int = 0
     cost: float = 0.0
     grown: int = 0
+    compiled: int = 0
     wanted: Constraint | None = None
     digits: Digits | None = None
     tokens: list[int] = field(default_factory=list)
@@ -242,6 +244,7 @@ class _Matching:
         prototype = self._prototype(followed.wanted)
         followed.matcher, followed.wanted = prototype.matcher.deep_copy(), None
         followed.cost = prototype.seconds
+        followed.compiled = prototype.grown
         tokens, followed.tokens = followed.tokens, []
         followed.count = len(tokens)
         if not tokens:
@@ -327,8 +330,13 @@ class _Matching:
             return
         self._prototypes.clear()
         while self._shrunk() > self._limits.matcher_memory and self._followed:
-            largest = max(self._followed, key=lambda s: self._followed[s].grown)
-            self._fail(largest, _too_large(self._followed[largest].grown))
+            # Of several as large (freed memory was used again), the newest.
+            largest = max(reversed(self._followed), key=self._bytes)
+            self._fail(largest, _too_large_together(self._limits.matcher_memory))
+
+    def _bytes(self, sequence: int) -> int:
+        followed = self._followed[sequence]
+        return followed.grown + followed.compiled
 
     def _shrunk(self) -> int:
         """Give freed memory back to the system; return the process's bytes beyond the size that
@@ -341,3 +349,11 @@ class _Matching:
 
 def _too_large(size: int) -> ConstraintRefused:
     return ConstraintRefused("memory", f"applying it needs more than {size >> 20} MiB")
+
+
+def _too_large_together(size: int) -> ConstraintRefused:
+    return ConstraintRefused(
+        "memory",
+        f"the constraints in use need more than {size >> 20} MiB together, and it is the "
+        "largest of them",
+    )

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 from veneer_registry.errors import InvalidField
-from veneer_server.constraints import matchers
+from veneer_server.constraints import grammars, matchers
 from veneer_server.constraints.family import MatcherFamily
 from veneer_server.constraints.frames import ChildEnded, MatchingSetup, ParentReady
 from veneer_server.constraints.grammars import GrammarFailed, Grammars
@@ -104,10 +104,7 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def make(
-    base_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Constraints]]:
-    never_slow(monkeypatch)
+def make(base_folder: Path) -> Iterator[Callable[..., Constraints]]:
     made: list[Constraints] = []
 
     def begin(**limits: Any) -> Constraints:
@@ -126,8 +123,9 @@ def token_of(mask: NDArray[np.bool_]) -> int:
 @pytest.mark.push
 @pytest.mark.parametrize("name", ["veneer-matcher", "veneer-constrai"])
 def test_sequences_outlive_the_process_that_follows_them(
-    name: str, make: Callable[..., Constraints]
+    name: str, make: Callable[..., Constraints], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    never_slow(monkeypatch)
     made = make()
     for sequence in (1, 2):
         assert made.compile(sequence, LETTERS) is None
@@ -147,7 +145,10 @@ def test_sequences_outlive_the_process_that_follows_them(
     assert (made.allowed(3) == after).all()
 
 
-def test_a_mask_that_is_late_is_not_waited_for(make: Callable[..., Constraints]) -> None:
+def test_a_mask_that_is_late_is_not_waited_for(
+    make: Callable[..., Constraints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_slow(monkeypatch)
     made = make()
     assert made.compile(1, LETTERS) is None
     token = token_of(made.allowed(1))
@@ -165,9 +166,10 @@ def test_a_mask_that_is_late_is_not_waited_for(make: Callable[..., Constraints])
 
 @pytest.mark.push
 def test_what_a_full_socket_does_not_take_waits_for_room(
-    make: Callable[..., Constraints],
+    make: Callable[..., Constraints], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the step does not wait for it."""
+    never_slow(monkeypatch)
     made = make()
     assert made.compile(1, LETTERS) is None
     token = token_of(made.allowed(1))
@@ -189,9 +191,39 @@ def test_what_a_full_socket_does_not_take_waits_for_room(
 
 
 @pytest.mark.push
+@pytest.mark.parametrize("quick", [True, False])
+def test_many_large_constraints_end_each_other_and_no_small_one(
+    quick: bool, make: Callable[..., Constraints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, which has no room for all of them."""
+    if quick:
+        never_slow(monkeypatch)
+    else:
+        monkeypatch.setattr(grammars, "SLOW_MASK_S", 0.0)
+    made = make()
+    assert made.compile(1, LETTERS) is None
+    token = token_of(made.allowed(1))
+    for n in range(40):
+        text = json.dumps([f"{n} " + "x" * 10_000])
+        assert made.compile(100 + n, Constraint("choice", text)) is None
+    failures = set()
+    for n in range(40):
+        try:
+            assert made.allowed(100 + n).any()
+        except GrammarFailed as failed:
+            failures.add((failed.failure.limit, failed.failure.problem))
+    [(limit, problem)] = failures
+    assert limit == "memory"
+    assert "MiB together, and it is the largest" in problem
+    made.say(1, token)
+    assert made.allowed(1).any()
+
+
+@pytest.mark.push
 def test_a_process_that_says_nothing_is_replaced(
     make: Callable[..., Constraints], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    never_slow(monkeypatch)
     monkeypatch.setattr(matchers, "SILENCE_S", 2.0)
     made = make()
     assert made.compile(1, LETTERS) is None
