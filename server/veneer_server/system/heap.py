@@ -1,4 +1,5 @@
-"""The C library's heap: return freed memory to the system, or take it out of use."""
+"""The C library's heap: measure it, return freed memory to the system, or take that out of
+use."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import contextlib
 import ctypes
 import resource
 import sys
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 _M_ARENA_MAX: Final = -8
 _ARENAS: Final = 2
@@ -18,6 +20,41 @@ _LARGE: Final = 256 << 10
 
 _HOLES: Final = (1 << 20, 64 << 10, 4 << 10, 512, 128)
 """Sizes in bytes of the blocks that fill holes."""
+
+_FIELDS: Final = (
+    "arena", "ordblks", "smblks", "hblks", "hblkhd",
+    "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+)  # fmt: skip
+"""What mallinfo(3) tells."""
+
+
+def mallinfo(name: str, number: type) -> Callable[[], Any] | None:
+    """glibc's function of this name, which tells of the heap; None if there is none."""
+    told = type("Mallinfo", (ctypes.Structure,), {"_fields_": [(f, number) for f in _FIELDS]})
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function.restype = told
+    return function
+
+
+_mallinfo: Final = mallinfo("mallinfo2", ctypes.c_size_t) or mallinfo("mallinfo", ctypes.c_uint)
+"""glibc before 2.33 has only the second, which counts up to 4 GiB."""
+
+
+def allocated_bytes() -> int:
+    """Bytes of the heap's blocks in use. With another C library than glibc: of the process's
+    pages, some of which may be free."""
+    if _mallinfo is None:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    heap = _mallinfo()
+    return int(heap.uordblks) + int(heap.hblkhd)
+
+
+def return_freed() -> None:
+    """Return free pages of the heap to the system."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def configure_malloc() -> None:
@@ -44,8 +81,7 @@ def fill_holes() -> None:
     """
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    with contextlib.suppress(AttributeError):  # another C library
-        libc.malloc_trim(0)
+    return_freed()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     left = now = data_bytes()  # holes are smaller; some sandboxes enforce no limit
     resource.setrlimit(resource.RLIMIT_DATA, (now, hard))  # nothing but holes

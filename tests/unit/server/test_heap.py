@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from veneer_registry.child_python import child_python
 
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries differ")
+
 TAKES = """
 import resource, sys
 from veneer_server.system.heap import data_bytes, fill_holes
@@ -64,7 +66,7 @@ libc.fflush(ctypes.c_void_p(stream))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+@GLIBC
 @pytest.mark.parametrize(("how", "most"), [("configured", 2), ("not", 9)])
 def test_threads_share_two_arenas(how: str, most: int) -> None:
     """Each had its own, and kept in it what it had freed."""
@@ -73,3 +75,36 @@ def test_threads_share_two_arenas(how: str, most: int) -> None:
     found = said.count("<heap nr=")
     assert found <= most
     assert how == "configured" or found > 2
+
+
+ALLOCATED = """
+import ctypes, sys
+from veneer_server.system import heap
+if sys.argv[1] == "mallinfo":  # as with glibc before 2.33
+    heap._mallinfo = heap.mallinfo("mallinfo", ctypes.c_uint)
+def growth(before):
+    return (heap.allocated_bytes() - before) / 1e6
+blocks = [None] * 30_000
+start = heap.allocated_bytes()
+for at in range(30_000):
+    blocks[at] = bytes(1000)
+print(growth(start))
+blocks[::2] = [None] * 15_000
+print(growth(start))
+blocks[::2] = [bytes(1000) for _ in range(15_000)]  # where there were holes
+print(growth(start))
+blocks.append(bytes(20_000_000))
+print(growth(start))
+blocks.clear()
+print(growth(start))
+"""
+
+
+@GLIBC
+@pytest.mark.parametrize("function", ["mallinfo2", "mallinfo"])
+def test_blocks_are_counted_whether_or_not_their_memory_is_new(function: str) -> None:
+    """Within 1.5 MB: a block of 1,000 bytes takes 1,048, and glibc keeps some freed ones."""
+    command = child_python("-c", ALLOCATED, function)
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    expected = [31.4, 15.7, 31.4, 51.4, 0.0]
+    assert [float(line) for line in said.split()] == pytest.approx(expected, abs=1.5)

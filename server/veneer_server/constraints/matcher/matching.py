@@ -7,10 +7,7 @@ job's sequence, so that the engine knows which one to blame for a sudden end.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
-import resource
 import signal
 import socket
 import struct
@@ -43,6 +40,7 @@ from veneer_server.constraints.grammar import (
 )
 from veneer_server.constraints.matcher.numbers import Digits
 from veneer_server.constraints.trial import HARD_FACTOR, too_slow
+from veneer_server.system.heap import allocated_bytes, return_freed
 from veneer_server.wire.messages import Constraint, ConstraintLimits
 
 MARKER: Final = struct.Struct("<q")
@@ -56,8 +54,8 @@ _PROTOTYPES_SHARE: Final = 8
 """Kept constraints may take the process's memory limit divided by this."""
 
 _LARGE: Final = 4 << 20
-"""If a sequence grew the process by more bytes than this, its memory is returned to the
-system once the process is idle."""
+"""Once sequences with more bytes than this have been forgotten, freed memory is returned to
+the system when the process is idle."""
 
 _TOGETHER_S: Final = 0.001
 """Masks computed within this time are sent together."""
@@ -65,16 +63,11 @@ _TOGETHER_S: Final = 0.001
 _FORGETTING: Final = 0.8
 """Decay per token of a sequence's cost after an expensive mask."""
 
-_PAGE: Final = resource.getpagesize()
-
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""glibc's function; without it, freed memory still counts as used."""
-
 
 @dataclass(slots=True)
 class _Matched:
-    """A sequence. ``grown``: bytes by which the process grew during its jobs. ``compiled``:
-    bytes of its compiled constraint, which others may share."""
+    """A sequence. ``grown``: bytes that its jobs have allocated. ``compiled``: bytes of its
+    compiled constraint, which others may share."""
 
     matcher: LLMatcher | None = None
     count: int = 0
@@ -84,6 +77,10 @@ class _Matched:
     wanted: Constraint | None = None
     digits: Digits | None = None
     tokens: list[int] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return self.grown + self.compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +122,9 @@ class _Matching:
         self._masks: list[Mask] = []
         """Masks that are computed but not sent yet; the first dates from `_since`."""
         self._since = 0.0
-        self._freed = False
-        """Whether a large sequence was forgotten since memory was last returned."""
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
-        self._base = self._size = self._resident()
+        self._freed = 0
+        """Bytes of the sequences forgotten since memory was last returned to the system."""
+        self._base = self._size = allocated_bytes()
 
     def run(self) -> None:
         while self._take_messages():
@@ -139,6 +135,7 @@ class _Matching:
             elif self._to_compile:
                 sequence, _ = self._to_compile.popitem(last=False)
                 self._job(sequence, self._compile)
+            self._bound_memory()
             self._send_masks()
 
     # ------------------------------------------------------------------- messages
@@ -147,9 +144,8 @@ class _Matching:
         """Handle pending messages; if idle, wait for one. False once the engine has closed."""
         while True:
             idle = not self._to_mask and not self._to_compile and not self._masks
-            if idle and self._freed:
-                self._freed = False
-                self._shrunk()
+            if idle and self._freed > _LARGE:
+                self._return_memory()
             try:
                 message = receive(self._connection, self._buffer, wait=idle)
             except BlockingIOError:
@@ -208,7 +204,10 @@ class _Matching:
 
     def _forget(self, sequence: int) -> None:
         followed = self._followed.pop(sequence, None)
-        self._freed = self._freed or (followed is not None and followed.grown > _LARGE)
+        if followed is not None:
+            self._freed += followed.bytes
+            del followed
+            self._size = allocated_bytes()
         self._to_mask.pop(sequence, None)
         self._to_compile.pop(sequence, None)
 
@@ -236,7 +235,8 @@ class _Matching:
             )
         self._guard(0)
         followed.grown += self._growth()
-        self._bound_memory(sequence, followed)
+        if followed.grown > self._limits.memory and sequence in self._followed:
+            self._fail(sequence, _too_large(self._limits.memory))
         self._marker[: MARKER.size] = MARKER.pack(0)
 
     def _compile(self, sequence: int, followed: _Matched) -> None:
@@ -315,36 +315,28 @@ class _Matching:
         """End this process after ``seconds`` of CPU time; 0 cancels the timer."""
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
-    def _resident(self) -> int:
-        return int(os.pread(self._statm, 64, 0).split()[1]) * _PAGE
-
     def _growth(self) -> int:
-        """Bytes that the process grew by since the last call."""
-        before, self._size = self._size, self._resident()
+        """Bytes allocated since the last call, less those freed."""
+        before, self._size = self._size, allocated_bytes()
         return max(0, self._size - before)
 
-    def _bound_memory(self, sequence: int, followed: _Matched) -> None:
-        if followed.grown > self._limits.memory and sequence in self._followed:
-            self._fail(sequence, _too_large(self._limits.memory))
+    def _bound_memory(self) -> None:
+        """End the largest sequences until the rest fit. Not within a job, which would keep its
+        own sequence's memory."""
         if self._size - self._base <= self._limits.matcher_memory:
             return
         self._prototypes.clear()
-        while self._shrunk() > self._limits.matcher_memory and self._followed:
-            # Of several as large (freed memory was used again), the newest.
-            largest = max(reversed(self._followed), key=self._bytes)
+        self._return_memory()
+        while self._size - self._base > self._limits.matcher_memory and self._followed:
+            # The newest of several that are as large.
+            largest = max(reversed(self._followed), key=lambda s: self._followed[s].bytes)
             self._fail(largest, _too_large_together(self._limits.matcher_memory))
+            self._return_memory()
 
-    def _bytes(self, sequence: int) -> int:
-        followed = self._followed[sequence]
-        return followed.grown + followed.compiled
-
-    def _shrunk(self) -> int:
-        """Give freed memory back to the system; return the process's bytes beyond the size that
-        it had at its start."""
-        if _trim is not None:
-            _trim(0)
-        self._size = self._resident()
-        return self._size - self._base
+    def _return_memory(self) -> None:
+        """Return freed memory to the system."""
+        return_freed()
+        self._freed, self._size = 0, allocated_bytes()
 
 
 def _too_large(size: int) -> ConstraintRefused:
@@ -354,6 +346,6 @@ def _too_large(size: int) -> ConstraintRefused:
 def _too_large_together(size: int) -> ConstraintRefused:
     return ConstraintRefused(
         "memory",
-        f"the constraints in use need more than {size >> 20} MiB together, and it is the "
-        "largest of them",
+        f"the constraints in use need more than {size >> 20} MiB together, and this is the "
+        "largest",
     )
