@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from veneer_server.engine import process
@@ -16,7 +18,7 @@ from veneer_server.engine.execution.backend_choice import Chosen
 from veneer_server.models.source import import_bundled
 from veneer_server.wire.messages import EngineConfig
 
-from tests import places, suite_time, tiers
+from tests import places, seeds, suite_time, tiers
 from tests.backends_ran import RAN, check, missing, with_asked
 
 # As in `veneer-server`: gRPC's fork handlers sometimes fail in a child with a `preexec_fn`, if
@@ -27,6 +29,31 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 gc.disable()
 
 BEGAN = time.monotonic()
+
+SEED = seeds.seed()
+os.environ[seeds.VARIABLE] = str(SEED)  # workers and programs that tests start draw from it too
+
+# A busy machine is no failure: no deadlines.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(SEED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test draws the same whichever tests ran before it."""
+    random.seed(f"{SEED} {item.nodeid}")
+    torch.manual_seed(random.getrandbits(63))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -57,6 +84,10 @@ def _asked_backend() -> Iterator[None]:
 
 
 # ------------------------------------------------------------- what the whole run ran with
+
+NOT_NATIVE = 6
+"""Exit status, which pytest does not use: no engine was native where one can be. Running tests
+again (`tests.rerun`) would not change that."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,10 +127,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if output is not None:
         output["backends"] = dict(RAN)
     elif session.config.getoption("whole") and missing(RAN):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.exitstatus = NOT_NATIVE
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
+    terminalreporter.write_line(f"{seeds.VARIABLE}={SEED} repeats these inputs")
     ran = ", ".join(f"{name}: {count}" for name, count in sorted(RAN.items()))
     terminalreporter.write_line(f"engines by backend: {ran or 'none'}")
     if not terminalreporter.config.getoption("whole"):

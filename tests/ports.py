@@ -13,7 +13,8 @@ def free_port() -> int:
     binds it.
     """
     while True:
-        port = random.randrange(15_000, 30_000)
+        # Not of the seed: processes that draw the same port at the same time race for it.
+        port = random.SystemRandom().randrange(15_000, 30_000)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -43,6 +43,7 @@ import psutil
 from veneer_proto.v1 import inference_pb2, server_pb2
 from veneer_server.access.edit_keys import add_key
 
+from tests import seeds
 from tests.attacks.case import KEYS, AttackModule, Bug, Target
 from tests.attacks.planting import planting
 from tests.attacks.watch import Memory, Noticed, notice
@@ -423,7 +424,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=found_cases(), default=[])
     parser.add_argument("--except", action="append", choices=found_cases(), default=[])
     parser.add_argument("--seconds", type=float, help="of each attack (3, or 15 with --full)")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--seed", type=int, default=seeds.seed())
     parser.add_argument("--cache-dir", type=Path, default=cache_dir())
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--attack", help=argparse.SUPPRESS)

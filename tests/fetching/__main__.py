@@ -24,6 +24,7 @@ from typing import Final
 from veneer_server.adapters.fetching import addresses, uris, web
 from veneer_server.serving import local_folders, watched
 
+from tests import seeds
 from tests.fetching.drops import Drops
 from tests.fetching.uris import redirect_case, uri_case
 from tests.fetching.world import World, world
@@ -127,7 +128,7 @@ async def _first(runner: Runner, kind: str, tries: int) -> int | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fetching")
     parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--seed", type=int, default=seeds.seed())
     parser.add_argument("--only", type=int)
     parser.add_argument("--tries", type=int, default=600, help="cases that may find a bug")
     given = parser.parse_args()

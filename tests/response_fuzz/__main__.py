@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 import httpx
 from veneer_server.text.tokenizer import TextTokenizer
 
+from tests import seeds
 from tests.places import cache_dir
 from tests.response_fuzz.check import check_responses, push_models
 from tests.unit.server.openai.tool_kit import long_context
@@ -51,7 +51,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    parser.add_argument("--seed", type=int, default=seeds.seed())
     given = parser.parse_args()
     print(f"seed {given.seed}", file=sys.stderr)
     sys.exit(asyncio.run(_run(given.cases, given.seed)))

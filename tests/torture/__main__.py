@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import random
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
+from tests import seeds
 from tests.torture.row import Control, Outcome, RowModule, Scale
 
 ROWS = Path(__file__).parent / "rows"
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument(
         "--row", type=int, action="append", choices=sorted(rows), help="only this (repeatable)"
     )
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--seed", type=int, default=seeds.seed())
     parser.add_argument("--jobs", type=int, default=1, help="rows that run at the same time")
     parser.add_argument("--keep", type=Path, help="work in this new folder and leave it")
     given = parser.parse_args()

@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 from veneer_proto.v1 import adapters_pb2, inference_pb2_grpc, server_pb2
 
+from tests import seeds
 from tests.places import cache_dir
 from tests.server_harness import Server, request, running_server
 from tests.torture.freeing import Phase, measure
@@ -186,7 +187,7 @@ async def _main(count: int, seed: int, folders: list[Path], cache: Path) -> None
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--seed", type=int, default=seeds.seed())
     parser.add_argument("--cache-dir", type=Path, default=cache_dir())
     parser.add_argument("adapters", type=Path, nargs="+", help="adapter folders, two or more")
     given = parser.parse_args()

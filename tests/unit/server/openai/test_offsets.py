@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -49,7 +48,7 @@ def test_a_token_begins_where_its_first_byte_is(parts: list[bytes], begins: list
 
 
 def test_whatever_the_bytes_are() -> None:
-    seed = int(os.environ.get("VENEER_TEST_SEED", random.randrange(1 << 30)))
+    seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     draw = random.Random(seed)
     bytes_ = [bytes([b]) for b in b"\x80\x98\x9f\xa0\xbf\xc3\xe0\xe2\xed\xef\xf0\xf4Ab\xbd"]

@@ -28,7 +28,6 @@ from tests.unit.server.text.tool_outputs import FAMILIES, answers
 RECORDED = json.loads(
     Path(__file__).with_name("vllm_tool_calls.json").read_text(encoding="utf-8")
 )
-SEED = random.randrange(1 << 32)
 CUTS = 3
 AT_ODDS = {"hermes": 32, "llama3_json": 27, "mistral": 36, "mistral v11": 9}
 """Answers that vLLM's parser for whole answers reads differently from all of its streams, and
@@ -107,8 +106,9 @@ def test_calls_are_those_that_vllm_finds(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_is_whole_however_the_text_is_cut(family: str) -> None:
-    print("seed", SEED)
-    random_ = random.Random(SEED)
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    random_ = random.Random(seed)
     for row in RECORDED[family]:
         whole = read(of(family), [row["text"]])
         assert read(of(family), list(row["text"])) == whole
@@ -123,8 +123,9 @@ def cut(random_: random.Random, text: str) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mutated_answers_never_break_a_parser(family: str) -> None:
-    print("seed", SEED)
-    random_ = random.Random(SEED)
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    random_ = random.Random(seed)
     pieces = [
         "<tool_call>",
         "</tool_call>",
