@@ -24,14 +24,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from tests import tiers
+from tests import summary, tiers
 from tests.bench.guard import cpu_name
 from tests.places import REPOSITORY
 
 PAGE: Final = REPOSITORY / "docs" / "verified.md"
 LOGS: Final = REPOSITORY / ".cache" / "verify"
 _NATIVE: Final = "server/veneer_server/backends/native"
-_PYTEST: Final = "OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 3 --dist loadfile"
+_PYTEST: Final = "OMP_WAIT_POLICY=passive .venv/bin/python -m tests.rerun -n 3 --dist loadfile"
 _ATTACKS: Final = "OMP_WAIT_POLICY=passive .venv/bin/python -m tests.attacks --full"
 
 
@@ -222,8 +222,10 @@ STAGES: Final[Mapping[str, Stage]] = {
 }
 
 _COUNTS: Final = re.compile(
-    r"^=*\s*((?:\d+ (?:passed|failed|skipped|errors?)(?:, )?)+)(?: in .*)?$"
+    r"^=*\s*(?:in all: )?"
+    r"((?:\d+ (?:passed|failed|skipped|errors?|only alone)(?:, )?)+)(?: in .*)?$"
 )
+"""pytest's last line, or that of `tests.rerun`."""
 _SHOWN: Final = 80
 """Lines of output that are printed of a stage that failed."""
 _RESULT, _DIGEST = 3, 7
@@ -274,6 +276,7 @@ def run(name: str, stage: Stage) -> tuple[bool, str]:
     print(f"{name}: {result}, {took}", flush=True)
     if ended.returncode:
         print(*text.splitlines()[-_SHOWN:], sep="\n", flush=True)
+        summary.add(f"FAILED stage {name}: {result}, {log.relative_to(REPOSITORY)}")
     cells = (f"`{name}`", stage.shows, result, took, day, commit, stage.digest(), cpu_name())
     return ended.returncode == 0, f"| {' | '.join(cells)} |"
 

@@ -19,6 +19,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import summary
 from tests.matrix.conditions import CONDITIONS, Condition, Unavailable, joined
 from tests.places import REPOSITORY, cache_dir
 
@@ -119,7 +120,7 @@ def run(condition: Condition, chosen: list[str]) -> Result:
     except Unavailable as reason:
         return Result(condition.name, f"CANNOT RUN: {reason}", (str(reason),), 0.0)
     report = Path(prepared.environment.get("TMPDIR", str(scratch))) / "report.xml"
-    command = [*prepared.prefix, sys.executable, "-m", "pytest", f"--junitxml={report}"]
+    command = [*prepared.prefix, sys.executable, "-m", "tests.rerun", f"--junitxml={report}"]
     command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
     environment = {
         "VENEER_CACHE_DIR": str(cache_dir()),
@@ -151,10 +152,11 @@ def _read(report: Path, status: int) -> tuple[str, tuple[str, ...]]:
         if case.find("failure") is not None or case.find("error") is not None
     )
     passed = count - skipped - len(failed)
-    if status and not failed:
-        failed = (f"pytest ended with {status}",)
-    verdict = "FAILED" if failed else "passed"
-    return f"{verdict}: {passed} passed, {len(failed)} failed, {skipped} skipped", failed
+    if not status:  # run again, they passed
+        said = f", {len(failed)} only alone" if failed else ""
+        return f"passed: {passed} passed{said}, {skipped} skipped", ()
+    said = f"FAILED: {passed} passed, {len(failed)} failed, {skipped} skipped"
+    return said, failed or (f"pytest ended with {status}",)
 
 
 def main() -> int:
@@ -191,6 +193,8 @@ def main() -> int:
         print(f"{result.name:32} | {result.said} | {result.seconds:.0f} s", flush=True)
         for line in result.failed[:20]:
             print(f"    {line}", flush=True)
+        if result.failed:
+            summary.add(f"FAILED condition {result.name}: {result.said}")
     bad = [result.name for result in results if result.failed]
     print(f"{len(results)} conditions, failed: {', '.join(bad) or 'none'} (logs: {LOGS})")
     return 1 if bad else 0

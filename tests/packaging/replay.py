@@ -125,7 +125,8 @@ def open_root(base: Path, to: Path) -> Image:
     shutil.copyfile("/etc/resolv.conf", to / "etc" / "resolv.conf")
     shutil.copyfile("/etc/hosts", to / "etc" / "hosts")
     # Folders sort before the files in them, which then need no separate mount.
-    for given in sorted(set(pip_environment().values())):
+    words = (word for value in pip_environment().values() for word in value.split())
+    for given in sorted(set(words)):
         path, inside = Path(given), to / given.lstrip("/")
         if not (path.is_absolute() and path.exists()):
             continue

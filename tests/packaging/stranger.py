@@ -26,6 +26,8 @@ WAIT = "300s"
 """Long, since the first start downloads and converts the base."""
 RUN_SECONDS = 400
 USUAL = "127.0.0.1:50051"
+CONSTRAINTS = Path(__file__).resolve().parents[2] / ".ci" / "constraints" / "venv.txt"
+"""Versions that CI installs."""
 
 
 class Failed(Exception):
@@ -249,4 +251,7 @@ def pip_environment() -> dict[str, str]:
         if section in ("global", "install", "download"):
             words = str(ast.literal_eval(value)).split()
             found[f"PIP_{name.upper().replace('-', '_')}"] = " ".join(words)
-    return found | {k: v for k, v in os.environ.items() if k.upper().startswith(names)}
+    found |= {k: v for k, v in os.environ.items() if k.upper().startswith(names)}
+    if os.environ.get("CI"):  # elsewhere a stranger gets the newest
+        found["PIP_CONSTRAINT"] = f"{found.get('PIP_CONSTRAINT', '')} {CONSTRAINTS}".strip()
+    return found
