@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=seeds.seed())
     parser.add_argument("--only", type=int)
-    parser.add_argument("--tries", type=int, default=600, help="cases that may find a bug")
+    parser.add_argument("--tries", type=int, default=5000, help="cases that may find a bug")
     given = parser.parse_args()
     print(f"seed {given.seed}")
     logging.disable()  # of refused folders

@@ -42,10 +42,10 @@ async def test_its_work_ends_and_nothing_waits_for_it(
     async with grpc.aio.insecure_channel(front.addresses["grpc"], SMALL_WINDOW) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         calls = [stub.GenerateStream(prompt()) for _ in range(readers)]
-        await until(lambda: front.engine.in_flight == readers)
-        # First the engine's work ends, then the call, though nobody takes its status.
-        await until(lambda: front.engine.in_flight == 0)
-        assert front.engine.cancelled == readers
+        # First the engine's work ends, then the call, though nobody takes its status. On a busy
+        # machine the first may end before the last begins.
+        await until(lambda: front.engine.cancelled == readers)
+        assert front.engine.in_flight == 0
         await until(lambda: front.calls == 0)
         front.engine.script = None
         assert (await front.inference.Generate(prompt())).token_ids
